@@ -1,0 +1,1 @@
+"""Floor 0, mathematics that has never heard of diffusion: types, config, checks, trees."""
