@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmsec_jax.models import layers
+
+SAME, ASYMMETRIC = ((1, 1), (1, 1)), ((0, 1), (0, 1))
+
+
+def lax_conv(x, kernel, stride, padding):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+CASES = [  # kernel size, stride, padding, height and width
+    (3, 1, SAME, (6, 5)),
+    (3, 2, SAME, (6, 8)),
+    (3, 2, ASYMMETRIC, (6, 8)),
+    (3, 2, SAME, (5, 7)),
+    (5, 1, ((2, 2), (2, 2)), (6, 5)),
+    (3, 1, ((0, 0), (0, 0)), (5, 6)),
+]
+
+
+@pytest.mark.parametrize("cache_floats", [2**17, 300], ids=["whole batch", "chunked"])
+@pytest.mark.parametrize(("size", "stride", "padding", "side"), CASES)
+def test_convolution_and_both_gradients_equal_lax(monkeypatch, size, stride, padding, side, cache_floats):
+    monkeypatch.setattr(layers, "CACHE_FLOATS", cache_floats)
+    monkeypatch.setattr(layers, "LARGE_MAP", 0)
+    x, kernel = draw(4, *side, 3), draw(size, size, 3, 2, seed=1)
+    ours, our_vjp = jax.vjp(lambda x, k: layers.conv(x, k, stride, padding), x, kernel)
+    theirs, their_vjp = jax.vjp(lambda x, k: lax_conv(x, k, stride, padding), x, kernel)
+    np.testing.assert_array_equal(ours, theirs)
+    cotangent = draw(*ours.shape, seed=2)
+    for a, b in zip(our_vjp(cotangent), their_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_gradient_of_the_gradient_equals_lax():
+    x, kernel, v = draw(2, 5, 5, 2), draw(3, 3, 2, 2, seed=1), draw(3, 3, 2, 2, seed=2)
+
+    def hessian_product(conv):
+        loss = lambda x, k: jnp.sum(jnp.sin(conv(x, k)))
+        along = lambda x: jnp.vdot(jax.grad(loss, 1)(x, kernel), v)
+        return jax.jit(jax.grad(along))(x)
+
+    theirs = hessian_product(lambda x, k: lax_conv(x, k, 1, SAME))
+    np.testing.assert_allclose(hessian_product(layers.conv), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_keep_their_dtype_and_accumulate_in_float32():
+    x, kernel = draw(2, 16, 16, 4), draw(3, 3, 4, 4, seed=1)
+    low = jax.grad(lambda k: jnp.sum(layers.conv(x.astype(jnp.bfloat16), k).astype(jnp.float32) ** 2))
+    grad = low(kernel.astype(jnp.bfloat16))
+    assert grad.dtype == jnp.bfloat16
+    exact = jax.grad(lambda k: jnp.sum(lax_conv(x, k, 1, SAME) ** 2))(kernel)
+    assert np.max(np.abs(np.float32(grad) - exact)) < 0.02 * np.max(np.abs(exact))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_conv_module_is_convolution_plus_bias(size):
+    x, kernel, bias = draw(2, 4, 4, 3), draw(size, size, 3, 5, seed=1), draw(5, seed=2)
+    ours = layers.Conv(5, size=size).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(ours, lax_conv(x, kernel, 1, "SAME") + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_normalises_each_group_of_each_example():
+    x, scale, bias = draw(2, 3, 5, 8) * 3 + 1, draw(8, seed=1), draw(8, seed=2)
+    ours = layers.GroupNorm(4, 1e-3).apply({"params": {"scale": scale, "bias": bias}}, x)
+    grouped = np.asarray(x, np.float64).reshape(2, 15, 4, 2)
+    mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(variance + 1e-3)).reshape(x.shape) * scale + bias
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_statistics_are_float32_and_survive_an_offset():
+    x = draw(1, 8, 8, 4)
+    params = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+    apply = lambda x, dtype: layers.GroupNorm(2, dtype=dtype).apply(params, x)
+    plain = apply(x, jnp.float32)
+    assert np.max(np.abs(apply(x + 300.0, jnp.float32) - plain)) < 1e-3  # E[x^2] - E[x]^2 would lose two more digits
+    low = apply(x.astype(jnp.bfloat16), jnp.bfloat16)
+    assert low.dtype == jnp.bfloat16
+    assert np.max(np.abs(np.float32(low) - plain)) < 2e-2  # one rounding before, one after
+
+
+def test_group_norm_names_channels_that_do_not_split():
+    with pytest.raises(ValueError, match=r"multiple of the number of norm groups 4, got 6"):
+        layers.GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 6)))
+
+
+def test_upsample_repeats_pixels_before_its_convolution():
+    x = draw(1, 2, 3, 2)
+    identity = jnp.zeros((3, 3, 2, 2)).at[1, 1].set(jnp.eye(2))
+    out = layers.Upsample(2).apply({"params": {"conv": {"kernel": identity, "bias": jnp.zeros(2)}}}, x)
+    np.testing.assert_array_equal(out, np.asarray(x).repeat(2, 1).repeat(2, 2))
+
+
+@pytest.mark.parametrize(("flip", "shift", "width"), [(True, 0, 6), (False, 1, 6), (True, 0, 7)])
+def test_timestep_features_follow_the_formula(flip, shift, width):
+    t, half = np.array([0, 1, 999]), 3
+    angles = t[:, None] * 10000.0 ** (-np.arange(half) / (half - shift))
+    halves = (np.cos(angles), np.sin(angles)) if flip else (np.sin(angles), np.cos(angles))
+    expected = np.concatenate([*halves, np.zeros((3, width - 6))], axis=1)
+    ours = layers.timestep_features(jnp.asarray(t), width, flip_sin_to_cos=flip, freq_shift=shift)
+    np.testing.assert_allclose(ours, expected, atol=1e-4)  # float32 angles of up to 999 radians
