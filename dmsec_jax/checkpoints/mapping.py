@@ -1,0 +1,188 @@
+"""The mapping between foreign state dicts (PyTorch names and layouts) and our trees: total and one-to-one, or an error.
+
+A canonical key such as `down_blocks.0.resnets.1.conv1.weight` is the path `down_blocks_0/resnets_1/conv1/kernel`: dots
+become slashes, a number is joined to the name before it. What `weight` means follows from the target tree's leaf:
+
+- `kernel`: a convolution, [O, I, h, w] there and [h, w, I, O] here, or a linear layer, [O, I] there and [I, O] here;
+- `scale` of a normalisation and `embedding` [vocabulary, width]: the same in both.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.trees import flatten, unflatten
+from dmsec_jax.core.types import Params
+
+WEIGHTS = ("kernel", "scale", "embedding")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How one family of checkpoints spells what our tree holds.
+
+    Attributes:
+        renames: (regular expression, template) pairs; the first that matches a whole key makes it canonical.
+        ignored: regular expressions of whole keys that hold no parameter.
+        prefix: written before every canonical key by `to_state` (reading needs a rename for it).
+        numbered: names that end in `_<number>` in the checkpoint itself.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    numbered: tuple[str, ...] = ("linear_1", "linear_2")
+
+
+UNET = Rules()
+VAE = Rules(
+    renames=tuple(  # attention as diffusers named it before 0.16; some files hold it as 1x1 convolutions
+        (rf"((?:en|de)coder\.mid_block\.attentions\.\d+)\.{old}\.(weight|bias)", rf"\1.{new}.\2")
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", r"to_out.0"))
+    )
+)
+TEXT_ENCODER = Rules(  # transformers 5 saves without the prefix and reads both; everything else expects it
+    renames=((r"text_model\.(.+)", r"\1"),),
+    ignored=(r"(text_model\.)?embeddings\.position_ids",),
+    prefix="text_model.",
+)
+
+
+def to_tree(state: Mapping[str, np.ndarray], rules: Rules, target: Params, name: str = "weights") -> Params:
+    """Turns a state dict into the nested parameter tree, float32 NumPy arrays that own their memory.
+
+    Args:
+        state: key -> array in PyTorch layout, any floating dtype; mapped files are fine, each tensor is copied once.
+        rules: the spelling of the state dict.
+        target: tree of anything with `.shape`, from `jax.eval_shape` of the model's `init`.
+        name: what to call the state dict in errors.
+
+    Raises:
+        ValueError: as `align`.
+    """
+    views = align(state, rules, target, name)
+    return unflatten({path: np.array(view, np.float32, order="C") for path, view in views.items()})
+
+
+def align(
+    state: Mapping[str, np.ndarray], rules: Rules, target: Params, name: str = "weights"
+) -> dict[str, np.ndarray]:
+    """Finds each target leaf's tensor: path -> view in our layout, nothing copied. Arguments as `to_tree`.
+
+    Raises:
+        ValueError: one error that lists every missing, unused, mis-shaped, not floating or doubly given key, with found
+            and expected shapes.
+    """
+    leaves = flatten(target)
+    views: dict[str, np.ndarray] = {}
+    sources: dict[str, str] = {}
+    problems: list[tuple[str, str]] = []
+    for key, tensor in state.items():
+        if any(re.fullmatch(pattern, key) for pattern in rules.ignored):
+            continue
+        found = f"{key} {list(tensor.shape)}"
+        path = _find(canonical(key, rules), leaves)
+        if path is None:
+            problems.append(("unused", found))
+            continue
+        view = _from_torch(tensor, path, len(leaves[path].shape))
+        if path in sources:
+            problems.append(("given twice", f"{found} and {sources[path]}"))
+        elif view.shape != tuple(leaves[path].shape):
+            problems.append(("mis-shaped", f"{found}, expected {_torch_shape(path, leaves[path].shape)}"))
+        elif tensor.dtype.kind not in "fV":  # ml_dtypes reports kind V for bfloat16
+            problems.append(("not floating point", f"{key} {tensor.dtype}"))
+        sources[path], views[path] = key, view
+    for path in leaves.keys() - sources.keys():
+        problems.append(("missing", f"{rules.prefix}{key_of(path, rules)} {_torch_shape(path, leaves[path].shape)}"))
+    if problems:
+        raise _complaint(name, problems)
+    return views
+
+
+def to_state(params: Params, rules: Rules) -> dict[str, np.ndarray]:
+    """Turns a parameter tree into a state dict in PyTorch names and layouts: the inverse of `to_tree`, without copying.
+
+    Raises:
+        ValueError: if two paths would get the same key, or a kernel is neither a matrix nor a 2-D convolution.
+    """
+    state: dict[str, np.ndarray] = {}
+    for path, leaf in flatten(params).items():
+        key = rules.prefix + key_of(path, rules)
+        require(key not in state, f"path {path}", "the only one of its key", f"{key} twice", "rename one of the two")
+        state[key] = _to_torch(path, np.asarray(leaf))
+    return state
+
+
+def canonical(key: str, rules: Rules) -> str:
+    """The key in current diffusers spelling."""
+    for pattern, template in rules.renames:
+        if match := re.fullmatch(pattern, key):
+            return match.expand(template)
+    return key
+
+
+def path_of(key: str) -> str:
+    """`a.0.b.weight` -> `a_0/b/weight`: the path of a canonical key, its last name unchanged."""
+    parts: list[str] = []
+    for name in key.split("."):
+        if name.isdecimal() and parts:
+            parts[-1] += f"_{name}"
+        else:
+            parts.append(name)
+    return "/".join(parts)
+
+
+def key_of(path: str, rules: Rules) -> str:
+    """`a_0/b/kernel` -> `a.0.b.weight`: the canonical key of a path."""
+    *branches, leaf = path.split("/")
+    names = [b if b in rules.numbered else re.sub(r"_(?=\d+(_\d+)*$)", ".", b) for b in branches]
+    return ".".join([*names, "weight" if leaf in WEIGHTS else leaf])
+
+
+def _find(key: str, leaves: Mapping[str, Any]) -> str | None:
+    """The target's path for a canonical key."""
+    path = path_of(key)
+    branch, _, leaf = path.rpartition("/")
+    names = [f"{branch}/{kind}" if branch else kind for kind in WEIGHTS] if leaf == "weight" else [path]
+    return next((name for name in names if name in leaves), None)
+
+
+def _is_kernel(path: str) -> bool:
+    return path.rpartition("/")[2] == "kernel"
+
+
+def _from_torch(tensor: np.ndarray, path: str, rank: int) -> np.ndarray:
+    """A view of the tensor in our layout; 1x1 convolutions and linear layers stand in for each other."""
+    if not _is_kernel(path):
+        return tensor
+    if tensor.ndim == 2 and rank == 4:
+        tensor = tensor[:, :, None, None]
+    if tensor.ndim == 4 and rank == 2 and tensor.shape[2:] == (1, 1):
+        tensor = tensor[:, :, 0, 0]
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def _to_torch(path: str, leaf: np.ndarray) -> np.ndarray:
+    if not _is_kernel(path):
+        return leaf
+    if leaf.ndim not in (2, 4):
+        raise fail(f"kernel {path}", "[I, O] or [h, w, I, O]", f"shape {leaf.shape}", "add its layout to the mapping")
+    return leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+
+
+def _torch_shape(path: str, shape: tuple[int, ...]) -> list[int]:
+    return list(_to_torch(path, np.broadcast_to(np.float32(0), shape)).shape)
+
+
+def _complaint(name: str, problems: list[tuple[str, str]]) -> ValueError:
+    """The one error, with the whole list."""
+    kinds = sorted({kind for kind, _ in problems})
+    counts = ", ".join(f"{sum(kind == k for k, _ in problems)} {kind}" for kind in kinds)
+    lines = "".join(f"\n  {kind}: {what}" for kind, what in sorted(problems))
+    cure = f"check that config and weights belong together:{lines}"
+    return fail(name, "exactly the tensors that the configuration asks for", counts, cure)

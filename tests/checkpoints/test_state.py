@@ -1,0 +1,100 @@
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dmsec_jax.checkpoints.state import Checkpoints
+
+
+class State(NamedTuple):
+    params: dict
+    opt: Any
+    key: jax.Array
+    step: jax.Array
+
+
+def state(width=3, seed=0, impl="threefry2x32"):
+    params = {"dense": {"kernel": jnp.full((2, width), 1.0 + seed), "bias": jnp.zeros(width, jnp.bfloat16)}}
+    opt = optax.chain(optax.clip(1.0), optax.adamw(1e-3)).init(params)
+    return State(params, opt, jax.random.key(seed, impl=impl), jnp.int32(seed))
+
+
+def abstract(tree):
+    return jax.eval_shape(lambda: tree)
+
+
+def assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_state_with_optimiser_and_typed_key_comes_back(tmp_path, impl):
+    saved = state(seed=7, impl=impl)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, saved, {"loss": 0.5, "config": {"lr": 1e-3}})
+    with Checkpoints(tmp_path) as checkpoints:
+        for like in (state(impl=impl), abstract(saved)):
+            restored = checkpoints.restore(like)
+            assert (restored.step, restored.metadata) == (7, {"loss": 0.5, "config": {"lr": 1e-3}})
+            assert_equal(restored.tree, saved)
+            draw = lambda key: jax.random.normal(key, (3,))
+            np.testing.assert_array_equal(draw(restored.tree.key), draw(saved.key))
+
+
+def test_newest_is_restored_and_the_last_two_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(state()) is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(seed=step))
+        assert checkpoints.restore(state()).step == 3
+        assert_equal(checkpoints.restore(state(), step=2).tree, state(seed=2))
+        with pytest.raises(ValueError, match=r"step must be one of \[2, 3\], got 1"):
+            checkpoints.restore(state(), step=1)
+        with pytest.raises(ValueError, match="step must be beyond the newest saved step 3, got 3"):
+            checkpoints.save(3, state())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_save_has_read_the_state_when_it_returns(tmp_path):
+    overwrite = jax.jit(lambda x: x - 100, donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        weights = jnp.arange(1 << 20, dtype=jnp.float32)
+        like = abstract({"w": weights})
+        checkpoints.save(1, {"w": weights})
+        overwrite(weights).block_until_ready()
+        np.testing.assert_array_equal(checkpoints.restore(like).tree["w"], np.arange(1 << 20))
+
+
+def test_interrupted_save_is_never_restored_and_is_cleaned_up(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(seed=1))
+    for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-1700000000"):  # what a killed save leaves
+        (tmp_path / name / "tree").mkdir(parents=True)
+        (tmp_path / name / "tree" / "half").write_bytes(b"\0" * 10)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(state()).tree, state(seed=1))
+        checkpoints.save(2, state(seed=2))
+        assert_equal(checkpoints.restore(state()).tree, state(seed=2))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_other_structure_lists_every_difference(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state())
+        other = state(width=4)._replace(step=jnp.float32(0))
+        other.params["more"] = jnp.ones(2)
+        with pytest.raises(ValueError, match=r"checkpoint 1 of .* must be the state that this run needs") as caught:
+            checkpoints.restore(other)
+    lines = str(caught.value).split("\n")[1:]
+    assert "  .params['dense']['kernel']: saved [2, 3] float32, wanted [2, 4] float32" in lines
+    assert "  .params['more']: saved None, wanted [2] float32" in lines
+    assert "  .step: saved [] int32, wanted [] float32" in lines
+    assert len(lines) == 8  # two parameters, two moments of each, the new one, the step
