@@ -1,0 +1,172 @@
+"""The host's side of fine-tuning: chunks of jitted steps, progress, checkpoints, and a clean stop."""
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmsec_jax.checkpoints.state import Checkpoints
+from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.types import EpsFn, Key, Params
+from dmsec_jax.diffusion.schedule import ScheduleConfig
+from dmsec_jax.finetune import dreambooth
+from dmsec_jax.finetune.adapters import Adapter
+from dmsec_jax.finetune.dreambooth import Config, Info, State, TextFn
+from dmsec_jax.finetune.examples import Data
+
+OnChunk = Callable[[int, Info, State], None]
+Save = Callable[[int, State], None]
+Restore = Callable[[State], State | None]
+
+_advance = jax.jit(
+    dreambooth.run, static_argnames=("eps_fn", "adapter", "text_fn", "num_steps"), donate_argnames="state"
+)
+
+
+class Outcome(NamedTuple):
+    state: State
+    info: Info  # of the steps taken in this call, numpy arrays [steps]
+    finished: bool  # False if a signal stopped it before `cfg.num_steps`
+
+
+def on_disk(checkpoints: Checkpoints) -> tuple[Save, Restore]:
+    """The `save` and `restore` of `fit` for checkpoints in a folder; close `checkpoints` afterwards."""
+
+    def save(done: int, state: State) -> None:
+        checkpoints.save(done, jax.tree.map(jnp.copy, state))  # written in the background, while training reuses state
+
+    def restore(like: State) -> State | None:
+        found = checkpoints.restore(like)
+        return None if found is None else found.tree
+
+    return save, restore
+
+
+def fit(
+    key: Key,
+    data: Data,
+    params: Params,
+    cfg: Config,
+    *,
+    eps_fn: EpsFn,
+    adapter: Adapter,
+    schedule: ScheduleConfig,
+    text_fn: TextFn | None = None,
+    chunk_steps: int = 25,
+    save_every: int = 0,
+    on_chunk: OnChunk | None = None,
+    save: Save | None = None,
+    restore: Restore | None = None,
+) -> Outcome:
+    """Trains to `cfg.num_steps` in total, going on from a checkpoint where `restore` finds one.
+
+    A run that was stopped by a signal and resumed with the same arguments equals an uninterrupted one bit for bit. Pass
+    the same `eps_fn`, `adapter` and `text_fn` objects to train again without compiling again; a number of steps that
+    `chunk_steps` does not divide compiles twice.
+
+    Args:
+        chunk_steps: steps per dispatch; between chunks the host looks at the loss, saves, reports and stops.
+        save_every: steps between checkpoints, a multiple of `chunk_steps`; 0: only at the end and when stopped.
+        on_chunk: called with (steps done, Info as numpy [steps], state), whose buffers are reused: copy what you keep.
+        save: called with (steps done, state); must have read the state when it returns.
+        restore: called with a State of `jax.ShapeDtypeStruct`; returns a State like it, which is ours then, or None.
+
+    SIGINT (Ctrl-C) and SIGTERM end it after the current chunk, saved; a second signal acts at once (main thread only).
+
+    Raises:
+        ValueError: if the loss or gradient is not finite (that chunk is not saved), on a checkpoint of another shape or
+            beyond the end, or on what `dreambooth.init` and `dreambooth.run` refuse.
+    """
+    require(chunk_steps >= 1, "chunk_steps", "at least 1", chunk_steps, "use for example 25")
+    whole = save_every >= 0 and save_every % chunk_steps == 0
+    require(whole, "save_every", f"a multiple of chunk_steps={chunk_steps}, or 0", save_every, "round it")
+    key_init, key_run = jax.random.split(key)
+    start = state = _start(key_init, params, cfg, adapter, restore)
+    done = saved = int(start.step)
+    fixed = dataclasses.replace(cfg, num_steps=chunk_steps)  # so that the total is no part of what is compiled
+    network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
+    advance = partial(_advance, key_run, data=data, params=params, cfg=fixed, **network)
+    history = []
+    with _stop_requests() as stopped:
+        for done, info, state in _chunks(advance, start, cfg.num_steps, chunk_steps, stopped):
+            _require_finite(info, done, saved if save else 0, cfg)
+            history.append(info)
+            if save and (done == cfg.num_steps or stopped() or (save_every and done % save_every == 0)):
+                save(done, state)
+                saved = done
+            if on_chunk:
+                on_chunk(done, info, state)
+        if save and saved < done:  # the signal came while reporting
+            save(done, state)
+    info = jax.tree.map(lambda *parts: np.concatenate(parts), *history) if history else Info(*[np.zeros(0)] * 5)
+    return Outcome(state, info, done == cfg.num_steps)
+
+
+def _chunks(
+    advance: Callable[..., tuple[State, Info]], state: State, num_steps: int, size: int, stopped: Callable[[], bool]
+) -> Iterator[tuple[int, Info, State]]:
+    """(steps done, Info on the host, state) after each chunk."""
+    done = int(state.step)
+    while done < num_steps and not stopped():
+        # up to the next multiple of `size`, so that a resumed run cuts where the first one would have
+        count = min(size - done % size, num_steps - done)
+        state, info = advance(state, num_steps=count)
+        done += count
+        yield done, jax.device_get(info), state
+
+
+def _start(key: Key, params: Params, cfg: Config, adapter: Adapter, restore: Restore | None) -> State:
+    if restore is not None:
+        shapes = jax.eval_shape(lambda key, params: dreambooth.init(key, params, cfg, adapter=adapter), key, params)
+        state = restore(shapes)
+        if state is not None:
+            kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, shapes)]
+            cure = "resume with the same adapter and config, or remove the checkpoint"
+            same = kinds[0] == kinds[1]
+            require(same, "checkpoint", "of the trainable tree and config in use", "another structure", cure)
+            contract, cure = f"at most num_steps={cfg.num_steps} steps old", "raise num_steps or remove the checkpoint"
+            require(int(state.step) <= cfg.num_steps, "checkpoint", contract, f"step {int(state.step)}", cure)
+            return state
+    return dreambooth.init(key, params, cfg, adapter=adapter)
+
+
+def _require_finite(info: Info, done: int, saved: int, cfg: Config) -> None:
+    if np.all(info.finite):
+        return
+    first = int(np.argmin(info.finite))
+    step = done - len(info.finite) + first
+    where = f"{float(info.loss[first])} (gradient norm {float(info.grad_norm[first])}) at step {step}"
+    last = f"; the checkpoint of step {saved} is good" if saved else ""
+    raise fail("loss", "finite", where, f"lower learning_rate={float(cfg.learning_rate):g} or check the pictures{last}")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGINT or SIGTERM came; a second one acts as it would without us."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    received = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame) -> None:
+        received.append(number)
+        put_back()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        put_back()

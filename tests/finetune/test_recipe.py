@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import jax
+import pytest
+
+from dmsec_jax.core.config import from_dict, load
+from dmsec_jax.core.trees import flatten
+from dmsec_jax.finetune.adapters import count
+from dmsec_jax.finetune.recipe import LoRA, Recipe, adapter_of
+from dmsec_jax.models import presets, unet
+
+CONFIGS = Path(__file__).parents[2] / "configs/finetune"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return jax.eval_shape(lambda: unet.init(jax.random.key(0), presets.NANO.unet))
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_shipped_recipes_fit_the_embedded_model(nano, name):
+    recipe = load(Recipe, CONFIGS / f"{name}.yaml")
+    trained = count(adapter_of(recipe), nano)
+    everything = sum(leaf.size for leaf in flatten(nano).values())
+    assert (trained == everything) == (name == "full")
+    assert 0 < trained <= everything
+    assert recipe.save_every % recipe.chunk_steps == 0
+    assert recipe.tune.num_steps % recipe.chunk_steps == 0  # compiles once
+
+
+def test_patterns_choose_leaves_and_do_not_mix_with_low_rank(nano):
+    chosen = adapter_of(from_dict(Recipe, {"patterns": ["norm"]}))
+    trainable = jax.eval_shape(chosen.init, jax.random.key(0), nano)
+    assert all("norm" in path for path in flatten(trainable))
+    with pytest.raises(ValueError, match="patterns must be empty with LoRA"):
+        adapter_of(Recipe(lora=LoRA(), patterns=("norm",)))
+
+
+def test_own_target_patterns_come_through_yaml(nano):
+    recipe = from_dict(Recipe, {"lora": {"rank": 3, "targets": ["attn1/to_v/kernel"]}})
+    trainable = jax.eval_shape(adapter_of(recipe).init, jax.random.key(0), nano)
+    assert {path.split("/")[-2] for path in flatten(trainable)} == {"to_v"}
