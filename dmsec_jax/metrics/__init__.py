@@ -1,0 +1,8 @@
+"""Floor 1, measures on arrays: they take pictures, features and scores, never a model.
+
+image          distance between pictures: PSNR, SSIM, MS-SSIM
+distribution   distance between sets of features: Frechet, kernel, precision and recall
+cliques        maximum cliques of a thresholded graph, exact within a node budget
+clusters       similarity matrices, threshold sweeps, ranking, calibration
+extraction     how much of a training set an extracted set gives back, with intervals
+"""
