@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from dmsec_jax.report.extraction import Threshold
+from dmsec_jax.report.extraction_data import interval_at
+from dmsec_jax.report.verdict import tally, verdict
+
+HIGH, LOW = (0.9, 0.8, 0.7, 0.6), (0.1, 0.2, 0.3, 0.1)
+
+
+def test_a_leak_needs_training_pictures_ahead_of_holdouts(made):
+    found = verdict(made.extraction((made.method(scores=HIGH, nulls=LOW),)))
+    assert found.kind == "leak"
+    assert found.headline == "All 4 training pictures can be read out of this model."
+    assert (found.training, found.holdouts) == ((4, 4), (0, 4))
+    assert found.p_value == pytest.approx(1 / 70)  # of the 8-choose-4 ways to label the pictures, one is as extreme
+    assert "once in 70 audits" in found.reasons[0]
+
+
+def test_holdouts_that_match_as_well_take_the_verdict_away(made):
+    found = verdict(made.extraction((made.method(scores=HIGH, nulls=HIGH),)))
+    assert found.kind == "unclear"
+    assert "no evidence" in found.headline
+    assert found.p_value == 1
+    assert "4 of 4 match" in found.comparison[0]
+
+
+def test_three_of_four_against_none_is_not_enough(made):
+    found = verdict(made.extraction((made.method(scores=(*HIGH[:3], 0.1), nulls=LOW),)))
+    assert found.kind == "unclear"
+    assert found.headline.startswith("3 of 4 training pictures have look-alikes")
+
+
+def test_without_holdouts_chance_is_the_null(made):
+    found = verdict(made.without_holdouts())
+    chance = 1 - 0.99**4
+    assert found.holdouts is None
+    assert found.chance == pytest.approx(4 * chance)
+    assert found.p_value == pytest.approx(stats.binom.sf(2, 4, chance))
+    assert found.kind == "leak"
+    assert found.headline == "3 of 4 training pictures can be read out of this model."
+    assert any("No hold-out" in reason for reason in found.reasons)
+
+
+def test_nothing_found_is_not_called_safe(made):
+    found = verdict(made.extraction((made.method(scores=LOW),)))
+    assert (found.kind, found.headline) == ("none", "No training picture could be read out of this model.")
+    assert "no proof of safety" in found.reasons[0]
+
+
+def test_what_the_base_model_makes_too_is_not_counted(made):
+    method = made.method(scores=HIGH, base_similarity=np.array([0.9, 0.5, 0.4, np.nan]))
+    extraction = made.extraction((method,))
+    assert tally(extraction, method) == (2, 4)
+    assert any("Not counted are 2" in reason for reason in verdict(extraction).reasons)
+
+
+def test_a_method_without_finite_images_gives_no_verdict(made):
+    found = verdict(made.extraction((made.failed(), made.method("plain"))))
+    assert found.kind == "failed"
+    assert found.training == (0, 4)
+    assert "NaN" in found.reasons[0]
+
+
+def test_baselines_are_named_with_their_counts(made):
+    peers = verdict(made.extraction()).reasons[-1]
+    assert peers == "Other ways to sample the same model find: Plain 1."
+
+
+def test_chance_where_no_pair_matched_is_an_upper_limit():
+    assert Threshold(value=0.5, false_match_rate=0.0, pairs=300).chance(1) == pytest.approx(0.01)
+    assert Threshold(value=0.5, false_match_rate=0.0, pairs=0).chance(5) == 1
+    assert Threshold(value=0.5, false_match_rate=0.1, pairs=50).chance(2) == pytest.approx(0.19)
+
+
+def test_rates_of_all_or_nothing_keep_a_wide_interval(made):
+    figures = made.method(scores=HIGH, nulls=LOW).clustered
+    everything, nothing = interval_at(figures, 0.5), interval_at(figures, 0.5, holdouts=True)
+    assert (everything.value, nothing.value) == (1, 0)
+    assert everything.high == pytest.approx(1)
+    assert nothing.low == pytest.approx(0)
+    assert nothing.high == pytest.approx(1 - everything.low) == pytest.approx(0.4899, abs=1e-4)  # z^2 / (n + z^2)
