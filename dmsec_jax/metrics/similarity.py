@@ -29,7 +29,7 @@ HOG = "oriented gradients (16 x 16 cells, 8 directions), centred on the style"
 def oriented_gradients(images: Image) -> Float[jax.Array, "B D"]:
     """Histograms of gradient directions, 16 x 16 cells of 8 directions, each cell scaled by the contrast around it   (Dalal & Triggs 2005).
 
-    The embedded default for small pictures: no weights, and in `benchmarks/LOG.md` ahead of learned features at 64 pixels.
+    The embedded default for small pictures: no weights, and in `benchmarks/LOG.md` ahead of learned features at 64 pixels (one measurement each).
 
     Args:
         images: [B, H, W, 3] in [-1, 1], H and W multiples of 16.

@@ -1,0 +1,57 @@
+"""What all benchmarks share: where results go, and how they are printed."""
+
+import dataclasses
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+from dmsec_jax.report.result import Row, device, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def revision() -> str:
+    """Short hash of the commit, `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    try:
+        git = lambda *args: subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write(bench: str, rows: list[Row], config: dict, seconds: dict[str, float], notes: list[str]) -> Path:
+    """Writes one result file and prints its path and, last, one JSON line."""
+    now = datetime.datetime.now(datetime.UTC)
+    kind = jax.devices()[0].platform
+    path = RESULTS / bench / kind / f"{now:%Y%m%d-%H%M%S}_{revision()}.json"
+    content = {
+        "schema": "dmsec-bench",
+        "version": 1,
+        "bench": bench,
+        "git": revision(),
+        "date": now.isoformat(timespec="seconds"),
+        "device": device() | {"processor": platform.processor() or platform.machine()},
+        "versions": versions(),
+        "config": config,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "notes": notes,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nresults: {path.relative_to(Path(__file__).parents[1])}")
+    print(json.dumps({"bench": bench, "rows": len(rows), "file": str(path.name), "seconds": sum(seconds.values())}))
+    return path
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A plain text table with aligned columns."""
+    widths = [max(len(str(line[i])) for line in [header, *lines]) for i in range(len(header))]
+    show = lambda line: "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+    return "\n".join([show(header), show(["-" * width for width in widths]), *map(show, lines)])

@@ -1,0 +1,43 @@
+"""`dmsec VERB ...`: a table from verbs to their configs and functions, and nothing else."""
+
+import importlib
+import os
+import sys
+
+VERBS = {
+    "demo": "the whole story on the embedded model: fine-tune on ten pictures, extract them, report",
+    "extract": "which training pictures does a fine-tuned model give away? (FineXtract and baselines)",
+    "finetune": "fine-tune a model on a few pictures (DreamBooth; full weights or LoRA)",
+    "pretrain": "train the embedded model from nothing",
+}
+"""Verb -> one line of help; `dmsec_jax.commands.<verb>` holds `Config` and `run`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `dmsec`; returns the exit status: 0 done, 1 refused with one clear error, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in VERBS:
+        asked_for_help = not argv or argv[0] in ("-h", "--help")
+        lines = "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
+        print(f"usage: dmsec VERB [options]\n\n{lines}\n\ndmsec VERB --help lists the options of a verb.")
+        return 0 if asked_for_help else _refuse(f"no verb {argv[0]!r}")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on slow compilation are no news to a user
+    import tyro
+
+    command = importlib.import_module(f"dmsec_jax.commands.{argv[0]}")
+    cfg = tyro.cli(command.Config, prog=f"dmsec {argv[0]}", args=argv[1:], description=command.__doc__)
+    try:
+        return command.run(cfg)
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(message: str) -> int:
+    print(f"dmsec: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

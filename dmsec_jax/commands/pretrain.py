@@ -1,0 +1,102 @@
+"""`dmsec pretrain`: trains the embedded model (tokenizer, autoencoder, text encoder, denoiser) and writes its folder and model card."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from dmsec_jax.checkpoints import diffusers, io
+from dmsec_jax.checkpoints.state import Checkpoints
+from dmsec_jax.core import config, trees
+from dmsec_jax.core.checks import require
+from dmsec_jax.pretrain import card, corpus, stages
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train the embedded nano model from nothing; interrupt it at will, the same command goes on."""
+
+    recipe: Path = Path("configs/pretrain/emoji.yaml")
+    set: tuple[str, ...] = ()
+    """Overrides of the recipe, for example denoiser.num_steps=1000."""
+    work: Path = Path("out/pretrain")
+    """Icon packages, checkpoints and intermediate weights."""
+    out: Path = Path("out/emoji-ldm")
+    """The finished model folder."""
+    photos: Path | None = None
+    """Folder of photographs for the autoencoder's corpus."""
+    cutouts: Path | None = None
+    """Folder (searched below) of cut-out PNG pictures for the autoencoder's corpus."""
+    history: str = ""
+    """A sentence for the model card, if this training differed from its recipe."""
+    snapshot: bool = False
+    """Train nothing: write the model from the newest checkpoints."""
+
+
+def run(cfg: Config) -> int:
+    """Both stages, each resumable, then the model folder with its card."""
+    console = Console()
+    recipe = config.load(stages.Recipe, cfg.recipe, cfg.set)
+    icons = corpus.read_icons(corpus.install(cfg.work / "npm"))
+    words = stages.tokenizer(icons, recipe)
+    words.save(cfg.work / "tokenizer")
+    report = _Report(console, cfg.work / "log.csv")
+    vae_params = _autoencoder(cfg, recipe, icons, report)
+    if cfg.snapshot:
+        params = _newest(cfg, recipe, words)
+    else:
+        params = stages.train_denoiser(recipe, icons, words, vae_params, cfg.work, report)
+    model = diffusers.Model(
+        configs=stages.preset(words), params={**params, "vae": vae_params}, tokenizer=cfg.work / "tokenizer"
+    )
+    diffusers.write_model(cfg.out, model, "float16", metadata={"producer": "dmsec pretrain"})
+    card.write(cfg.out, icons, cfg.work / "log.csv", cfg.history)
+    console.print(f"Model: {cfg.out}")
+    return 0
+
+
+def _autoencoder(cfg: Config, recipe: stages.Recipe, icons, report) -> dict:
+    """The finished autoencoder of an earlier run, or a newly trained one."""
+    finished = cfg.work / "autoencoder.safetensors"
+    if not finished.is_file():
+        files = lambda folder, deep: sorted(
+            path for path in (folder.rglob("*") if deep else folder.iterdir()) if path.suffix.lower() in PICTURES
+        )
+        for folder in (cfg.photos, cfg.cutouts):
+            require(folder is None or folder.is_dir(), str(folder), "a folder of pictures", "none", "correct the path")
+        photos = files(cfg.photos, False) if cfg.photos else []
+        cutouts = files(cfg.cutouts, True) if cfg.cutouts else []
+        pictures = corpus.autoencoder_corpus(icons, photos, cutouts, 64, recipe.seed)
+        params = stages.train_autoencoder(recipe, icons, pictures, cfg.work, report)
+        io.write_tensors(finished, {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()})
+    return trees.unflatten(io.read_tensors(finished))
+
+
+def _newest(cfg: Config, recipe: stages.Recipe, words) -> dict:
+    """The averaged denoiser of the newest checkpoint."""
+    with Checkpoints(cfg.work / "denoiser") as checkpoints:
+        found = checkpoints.restore(stages.denoiser_shapes(recipe, words))
+    require(found is not None, str(cfg.work / "denoiser"), "a folder with a checkpoint", "none", "train first")
+    return found.tree.ema
+
+
+class _Report:
+    """Prints a line a chunk, and appends it to a CSV file that the model card plots."""
+
+    def __init__(self, console: Console, log: Path):
+        self.console, self.log, self.last = console, log, time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int, info) -> None:
+        now = time.monotonic()
+        figures = {name: float(np.mean(value)) for name, value in info._asdict().items()}
+        text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.console.print(f"{stage} {done}/{total} {text} ({now - self.last:.1f} s)", highlight=False)
+        if not all(map(np.isfinite, figures.values())):
+            raise ValueError(f"{stage} must stay finite, got {text} at step {done}; lower its learning_rate and go on")
+        with self.log.open("a") as file:
+            file.write(f"{stage},{done},{now - self.last:.3f},{next(iter(figures.values())):.6f}\n")
+        self.last = now
