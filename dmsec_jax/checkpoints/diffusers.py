@@ -39,7 +39,7 @@ class Component(NamedTuple):
     """How the files of one network of the pipeline are read; `field` is its config's name in a `Preset`."""
 
     field: str
-    library: str
+    package: str
     class_name: str
     stem: str
     init: Callable[..., Params]
@@ -169,7 +169,7 @@ def write_model(
                 part / name, component.stem, states[name], dtype=dtype, metadata=metadata, shard_bytes=shard_bytes
             )
             cfg = configs.write_config(getattr(model.configs, component.field), component.format)
-            own = note if component.library == "diffusers" else {"dtype": dtype}
+            own = note if component.package == "diffusers" else {"dtype": dtype}
             write_json(part / name / "config.json", cfg | own)
         (part / "scheduler").mkdir()
         write_json(part / "scheduler" / "scheduler_config.json", scheduler | note)
@@ -190,7 +190,7 @@ def _state(name: str, model: Model) -> dict[str, Any]:
 
 
 def _index(sampler: str) -> dict[str, Any]:
-    components = {name: [c.library, c.class_name] for name, c in COMPONENTS.items()}
+    components = {name: [c.package, c.class_name] for name, c in COMPONENTS.items()}
     return components | {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", sampler],
@@ -208,7 +208,7 @@ def _check_index(folder: Path) -> None:
     require((folder / INDEX).is_file(), str(folder), contract, "none", "name the model's top folder")
     index = read_json(folder / INDEX)
     for name, component in COMPONENTS.items():
-        wanted, cure = [component.library, component.class_name], "use a Stable Diffusion 1.x or 2.x model"
+        wanted, cure = [component.package, component.class_name], "use a Stable Diffusion 1.x or 2.x model"
         require(name in index, str(folder / INDEX), f"one that names a {name}", "none", cure)
         require(index[name] == wanted, f"{folder / INDEX}: {name}", repr(wanted), repr(index[name])[:100], cure)
     for name in index.keys() - COMPONENTS.keys() - {"scheduler", "tokenizer", *NOT_NEEDED}:
