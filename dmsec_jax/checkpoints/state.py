@@ -25,9 +25,14 @@ class Checkpoints:
     remains are removed at the next start.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
-        """Opens or creates `folder`; the newest `keep` checkpoints are kept."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    def __init__(self, folder: str | Path, *, keep: int = 2, read_only: bool = False):
+        """Opens or creates `folder`; the newest `keep` checkpoints are kept.
+
+        `read_only` touches nothing, for looking at a run that is still going: opening cleans up what looks interrupted.
+        """
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only, read_only=read_only
+        )
         self.folder = Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 

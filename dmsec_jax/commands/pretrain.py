@@ -4,6 +4,8 @@ import dataclasses
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -11,6 +13,7 @@ from dmsec_jax.checkpoints import diffusers, io
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
 from dmsec_jax.core.checks import require
+from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.pretrain import card, corpus, stages
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -31,6 +34,8 @@ class Config:
     """Folder of photographs for the autoencoder's corpus."""
     cutouts: Path | None = None
     """Folder (searched below) of cut-out PNG pictures for the autoencoder's corpus."""
+    start: Path | None = None
+    """An earlier model of the same architecture and vocabulary to go on from, in place of random weights and of the first stage."""
     history: str = ""
     """A sentence for the model card, if this training differed from its recipe."""
     snapshot: bool = False
@@ -42,14 +47,15 @@ def run(cfg: Config) -> int:
     console = Console()
     recipe = config.load(stages.Recipe, cfg.recipe, cfg.set)
     icons = corpus.read_icons(corpus.install(cfg.work / "npm"))
-    words = stages.tokenizer(icons, recipe)
-    words.save(cfg.work / "tokenizer")
+    words = _words(cfg, icons, recipe)
     report = _Report(console, cfg.work / "log.csv")
-    vae_params = _autoencoder(cfg, recipe, icons, report)
+    earlier = None if cfg.start is None else jax.tree.map(jnp.asarray, dict(diffusers.read_model(cfg.start).params))
+    vae_params = _autoencoder(cfg, recipe, icons, report) if earlier is None else earlier["vae"]
     if cfg.snapshot:
         params = _newest(cfg, recipe, words)
     else:
-        params = stages.train_denoiser(recipe, icons, words, vae_params, cfg.work, report)
+        start = None if earlier is None else {name: earlier[name] for name in ("unet", "text_encoder")}
+        params = stages.train_denoiser(recipe, icons, words, vae_params, cfg.work, report, start)
     model = diffusers.Model(
         configs=stages.preset(words), params={**params, "vae": vae_params}, tokenizer=cfg.work / "tokenizer"
     )
@@ -57,6 +63,19 @@ def run(cfg: Config) -> int:
     card.write(cfg.out, icons, cfg.work / "log.csv", cfg.history)
     console.print(f"Model: {cfg.out}")
     return 0
+
+
+def _words(cfg: Config, icons, recipe: stages.Recipe) -> Tokenizer:
+    """The tokenizer of the model to start from, or of this work folder, or a newly trained one; kept in the work folder."""
+    kept = cfg.work / "tokenizer"
+    if cfg.start is not None:
+        words = Tokenizer.load(cfg.start / "tokenizer")
+    elif kept.is_dir():
+        words = Tokenizer.load(kept)
+    else:
+        words = stages.tokenizer(icons, recipe)
+    words.save(kept)
+    return words
 
 
 def _autoencoder(cfg: Config, recipe: stages.Recipe, icons, report) -> dict:
@@ -78,7 +97,7 @@ def _autoencoder(cfg: Config, recipe: stages.Recipe, icons, report) -> dict:
 
 def _newest(cfg: Config, recipe: stages.Recipe, words) -> dict:
     """The averaged denoiser of the newest checkpoint."""
-    with Checkpoints(cfg.work / "denoiser") as checkpoints:
+    with Checkpoints(cfg.work / "denoiser", read_only=True) as checkpoints:
         found = checkpoints.restore(stages.denoiser_shapes(recipe, words))
     require(found is not None, str(cfg.work / "denoiser"), "a folder with a checkpoint", "none", "train first")
     return found.tree.ema

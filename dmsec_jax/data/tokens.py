@@ -112,7 +112,9 @@ class Tokenizer:
         require(vocab_size >= smallest, "vocab_size", contract, vocab_size, "enlarge it")
         require(not isinstance(texts, str), "texts", "a sequence of strings", "one string", "write [text]")
         learner = _backend({EOS: 0}, (), EOS)
-        options = {"initial_alphabet": list(BYTE_OF), "end_of_word_suffix": END_OF_WORD, "show_progress": False}
+        # Ties go to the pair of lower ids. The library numbers symbols with a suffix in the order of a randomly seeded
+        # hash table, so that each run would learn other merges; symbols given as special tokens are numbered in order.
+        options = {"special_tokens": BASE_TOKENS, "end_of_word_suffix": END_OF_WORD, "show_progress": False}
         learner.train_from_iterator((_utf8(text) for text in texts), BpeTrainer(vocab_size=vocab_size, **options))
         vocab = {token: i for i, token in enumerate(BASE_TOKENS)}
         merges = []

@@ -98,3 +98,13 @@ def test_other_structure_lists_every_difference(tmp_path):
     assert "  .params['more']: saved None, wanted [2] float32" in lines
     assert "  .step: saved [] int32, wanted [] float32" in lines
     assert len(lines) == 8  # two parameters, two moments of each, the new one, the step
+
+
+def test_reading_leaves_a_save_under_way_alone(tmp_path):
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, {"a": np.arange(3.0)})
+    under_way = tmp_path / "run" / "2.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    with Checkpoints(tmp_path / "run", read_only=True) as looked_at:
+        assert looked_at.restore({"a": jax.ShapeDtypeStruct((3,), jnp.float32)}).step == 1
+    assert under_way.is_dir()

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import unicodedata
 
 import hypothesis.strategies as st
@@ -208,3 +210,14 @@ def test_missing_or_foreign_tokenizer_is_an_error(tmp_path):
     (tmp_path / "merges.txt").touch()
     with pytest.raises(ValueError, match="a regular file"):
         Tokenizer.load(tmp_path)
+
+
+def test_training_gives_the_same_merges_in_every_process():
+    """The learner's hash tables are seeded anew in each process; ties must not depend on them."""
+    program = (
+        "from dmsec_jax.data.tokens import Tokenizer;"
+        "words = [a + b + c for a in 'abcdef' for b in 'ghijk' for c in 'lmnop'];"
+        "print(Tokenizer.train([' '.join(words)] * 3, vocab_size=600).merges)"
+    )
+    runs = {subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout for _ in range(3)}
+    assert len(runs) == 1
