@@ -161,6 +161,10 @@ class Judge(NamedTuple):
     base: np.ndarray
     """[M, D] of the base model's own pictures of the prompt."""
 
+    def base_scores(self, pictures: np.ndarray | None) -> np.ndarray | None:
+        """Similarity of the base model's nearest picture to each of `pictures` [K, D]: [K]."""
+        return None if pictures is None else extraction.best_matches(pictures, self.base).score
+
 
 FEW = 8
 """With fewer pictures of the style than this, its mean and the calibration lean on the base model's pictures."""
@@ -182,8 +186,8 @@ def calibrated(
     few = len(known) < FEW
     mean = (np.concatenate([known, base]) if few else known).mean(0)
     centre = lambda features: similarity.centred(features, mean)
-    pairs = (centre(known), centre(base)) if few else (centre(known),)
-    found = similarity.calibrate(*pairs, rate=false_match_rate)
+    pairs = (known, base) if few else (known,)
+    found = similarity.calibrate_style(*pairs, rate=false_match_rate)
     source = (
         "pairs of one of these pictures and one by the base model" if few else "pairs of different pictures of the set"
     )

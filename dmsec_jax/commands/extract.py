@@ -148,6 +148,8 @@ def extract(
         count_known=number is not None,
         threshold=judge.threshold,
         similarity=similarity.HOG,
+        base_scores=judge.base_scores(judge.members),
+        holdout_base_scores=judge.base_scores(judge.holdouts),
         course=course,
         notes=(*pictures.notes, *(() if holdout is None else holdout.notes), *broken),
         command=page.command_line(sys.argv[1:]),

@@ -45,7 +45,8 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """One extracted picture with its cluster; `of` names the pictures that it matches."""
+    """One extracted picture with its cluster; `of` names the pictures it is evidence of, `from_base` says that it matches only such as the
+    base model comes as close to."""
 
     picture: Picture
     size: int
@@ -152,6 +153,7 @@ def result_of(extraction: Extraction, case: Mapping[str, Any], pictures: Mapping
         for method in extraction.methods
     }
     threshold = dataclasses.asdict(extraction.threshold)
+    base = {"training": extraction.base_scores, "holdouts": extraction.holdout_base_scores}
     return Result(
         method=extraction.main.name,
         command=extraction.command,
@@ -161,7 +163,13 @@ def result_of(extraction: Extraction, case: Mapping[str, Any], pictures: Mapping
         seconds=extraction.seconds,
         rows=rows(extraction, case),
         pictures=dict(pictures or {}),
-        details={"verdict": found._asdict(), "threshold": threshold, "prompt": extraction.prompt, "methods": methods},
+        details={
+            "verdict": found._asdict(),
+            "threshold": threshold,
+            "base": base,
+            "prompt": extraction.prompt,
+            "methods": methods,
+        },
         notes=extraction.notes,
     )
 
@@ -221,25 +229,28 @@ def _lines(extraction: Extraction, *, holdouts: bool) -> list[Line]:
             name=names[i],
             picture=html.picture(images[i], f"{kind} {names[i]}"),
             cells=tuple(
-                _cell(extraction, m, found, i, names[i]) for m, found in zip(extraction.methods, matches, strict=True)
+                _cell(extraction, m, found, i, names[i], holdouts)
+                for m, found in zip(extraction.methods, matches, strict=True)
             ),
         )
         for i in np.argsort(-score, kind="stable").tolist()
     ]
 
 
-def _cell(extraction: Extraction, method: Method, matches: Matches | None, i: int, name: str) -> Cell:
+def _cell(extraction: Extraction, method: Method, matches: Matches | None, i: int, name: str, holdouts: bool) -> Cell:
     if matches is None:
         return Cell(picture=None, score=float("nan"), state="missing")
     index, score = int(matches.index[i]), float(matches.score[i])
-    matched = bool(score >= extraction.threshold.value)
-    state = "none" if not matched else "base" if extraction.from_base(method)[index] else "match"
+    matched, base = extraction.matched(matches)[i], extraction.from_base(method, holdouts=holdouts)[i]
+    state = "none" if not matched else "base" if base else "match"
     alt = f"best extraction of {name} by {method.label}, score {score:.2f}"
     return Cell(picture=html.picture(method.extracted[index], alt), score=score, state=state)
 
 
 def _cards(extraction: Extraction, method: Method) -> list[Card]:
-    matched = extraction.matched(method.matches)
+    base_too = extraction.from_base(method)
+    matched = extraction.matched(method.matches) & ~base_too
+    excluded = set() if method.matches is None else set(np.asarray(method.matches.index)[base_too].tolist())
     owners: dict[int, list[str]] = {}
     for i in np.flatnonzero(matched):
         owners.setdefault(int(method.matches.index[i]), []).append(extraction.names[i])
@@ -250,7 +261,7 @@ def _cards(extraction: Extraction, method: Method) -> list[Card]:
             size=int(method.sizes[rank]),
             tightness=float(method.tightness[rank]),
             base_similarity=float(base[rank]),
-            from_base=bool(extraction.from_base(method)[rank]),
+            from_base=rank in excluded and rank not in owners,
             of=tuple(owners.get(rank, ())),
         )
         for rank, image in enumerate(np.asarray(method.extracted))

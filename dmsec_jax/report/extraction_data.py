@@ -52,8 +52,8 @@ class Method:
         extracted: [M, H, W, 3] in rank order, M may be 0.
         sizes, tightness: [M] members of the cluster and their mean similarity (0 or NaN for a single one).
         base_similarity: [M] similarity to the nearest sample of the base model; None where that was not measured.
-        matches: per training picture, the best of `extracted` and its score; None if there is none.
-        holdout_matches: the same for the hold-outs; None also where there are no hold-outs.
+        matches: per training picture [N], the best of `extracted` and its score; None if there is none.
+        holdout_matches: the same for the hold-outs [K]; None also where there are no hold-outs.
         clustered, everything: figures for `extracted`, and for all finite images before clustering; None if there are none.
         samples: [S, H, W, 3], some images as sampled, for a contact sheet; may hold NaN.
     """
@@ -106,6 +106,8 @@ class Extraction:
         thresholds: further ones, each in the `rates` of every `Summary`, as is `threshold.value`.
         similarity: what the scores are, to complete "cosine similarity of ...".
         count_known: whether clustering was told the number of training pictures.
+        base_scores: [N] similarity of the base model's nearest sample to each training picture; None if not measured.
+        holdout_base_scores: [K] the same for the hold-outs.
         course: how the model was fine-tuned, if that is known.
         notes: sentences on what deserves attention.
         command: the command line, ready to be pasted.
@@ -128,6 +130,8 @@ class Extraction:
     thresholds: tuple[float, ...] = PAPER_THRESHOLDS
     similarity: str = "image features"
     count_known: bool = True
+    base_scores: Float[AnyArray, "_"] | None = None
+    holdout_base_scores: Float[AnyArray, "_"] | None = None
     course: Course | None = None
     notes: tuple[str, ...] = ()
     command: str
@@ -144,6 +148,12 @@ class Extraction:
         require(len(self.names) > 0, "pictures", "at least one", "none", "pass the training pictures")
         if self.holdouts is not None:
             _require_named("holdouts", self.holdouts, self.holdout_names)
+        bases = ((self.base_scores, self.names), (self.holdout_base_scores, self.holdout_names))
+        for scores, names in bases:
+            fits = scores is None or len(scores) == len(names)
+            require(
+                fits, "base scores", "one per picture", "another number", "match the base's samples with every picture"
+            )
         for method in self.methods:
             self._require_fitting(method)
 
@@ -169,11 +179,18 @@ class Extraction:
             return np.zeros(0, bool)
         return np.asarray(matches.score) >= self.threshold.value
 
-    def from_base(self, method: Method) -> Bool[np.ndarray, "M"]:
-        """Which extracted pictures the base model makes too, so that they are no evidence; none if not measured."""
-        if method.base_similarity is None:
-            return np.zeros(len(method.extracted), bool)
-        return np.asarray(method.base_similarity) >= self.threshold.value
+    def from_base(self, method: Method, *, holdouts: bool = False) -> Bool[np.ndarray, "K"]:
+        """Which pictures have a match that is no evidence, because a sample of the base model comes as close; none if not measured.
+
+        The base's samples are held against the picture itself, not against the threshold: they are many more than the extractions, so
+        that the nearest of them passes a threshold made for single pairs by accident.
+        """
+        matches, base = (
+            (method.holdout_matches, self.holdout_base_scores) if holdouts else (method.matches, self.base_scores)
+        )
+        if matches is None or base is None:
+            return np.zeros(0 if matches is None else len(matches.score), bool)
+        return self.matched(matches) & (np.asarray(base) >= np.asarray(matches.score))
 
 
 def _require_named(what: str, images: Pictures, names: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Literal, NamedTuple
 
-import numpy as np
 from scipy import stats
 
 from dmsec_jax.report.extraction_data import Extraction, Method
@@ -12,7 +11,7 @@ LEVEL = 0.05
 
 
 class Tally(NamedTuple):
-    """`matched` of `total` pictures have an extraction that is the same picture and that the base model does not make."""
+    """`matched` of `total` pictures have an extraction that is the same picture, closer to it than all samples of the base model."""
 
     matched: int
     total: int
@@ -60,13 +59,13 @@ def verdict(extraction: Extraction) -> Verdict:
 
 
 def tally(extraction: Extraction, method: Method, *, holdouts: bool = False) -> Tally:
-    """Pictures read out of the model by `method`: matched by an extraction that the base model does not make too."""
+    """Pictures read out of the model by `method`: matched by an extraction closer than any sample of the base model."""
     total = len(extraction.holdout_names if holdouts else extraction.names)
     matches = method.holdout_matches if holdouts else method.matches
     if matches is None:
         return Tally(0, total)
-    own = ~extraction.from_base(method)[np.asarray(matches.index)]
-    return Tally(int((extraction.matched(matches) & own).sum()), total)
+    own = extraction.matched(matches) & ~extraction.from_base(method, holdouts=holdouts)
+    return Tally(int(own.sum()), total)
 
 
 def _headline(kind: str, training: Tally) -> str:
@@ -127,7 +126,9 @@ def _base(extraction: Extraction, method: Method) -> list[str]:
     if not excluded:
         return []
     verb = "is" if excluded == 1 else "are"
-    return [f"Not counted {verb} {excluded} whose extraction the base model makes without having seen them."]
+    return [
+        f"Not counted {verb} {excluded} to which the base model's own samples come as close, without having seen them."
+    ]
 
 
 def _peers(extraction: Extraction) -> list[str]:

@@ -69,11 +69,50 @@ def test_calibration_across_two_sets():
     assert found.rate == 0
 
 
+def strangers_let_through(threshold_of, count, rng):
+    """Share of pictures that are no part of the style's mean which reach the threshold, with a common style and independent pictures."""
+    style = 3 * rng.standard_normal(32)
+    rows = style + rng.standard_normal((count + 200, 32))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    known, strangers = rows[:count], rows[count:]
+    mean = known.mean(0)
+    score = similarity.centred(strangers, mean) @ similarity.centred(known, mean).T
+    return (score >= threshold_of(known, mean)).mean()
+
+
+def test_a_mean_that_holds_the_pictures_does_not_spoil_the_threshold():
+    rng = np.random.default_rng(2)
+    left_out = lambda known, mean: similarity.calibrate_style(known, rate=0.05).value
+    naive = lambda known, mean: similarity.calibrate(similarity.centred(known, mean), rate=0.05).value
+    honest = np.mean([strangers_let_through(left_out, 10, rng) for _ in range(40)])
+    assert honest < 0.05
+    assert np.mean([strangers_let_through(naive, 10, rng) for _ in range(40)]) > 3 * honest
+
+
+def test_left_out_similarities_are_those_of_a_stranger():
+    first, second = np.random.default_rng(3).standard_normal((2, 4, 8))
+    pool = np.concatenate([first, second])
+    scores = []
+    for j in range(4, 8):
+        mean = np.delete(pool, j, axis=0).mean(0)
+        scores += [
+            similarity.centred(first[i : i + 1], mean)[0] @ similarity.centred(pool[j][None], mean)[0] for i in range(4)
+        ]
+    found = similarity.calibrate_style(first, second, rate=0.25)
+    ordered = np.sort(scores)
+    assert found.pairs == 16
+    assert ordered[-5] < found.value <= ordered[-4]
+    alone = similarity.calibrate_style(first, rate=0.5)
+    assert alone.pairs == 6
+    assert alone.rate == 0.5
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: similarity.embed(np.zeros((1, 60, 60, 3), np.float32)), "multiples of 16"),
     (lambda: similarity.embed(np.full((1, 64, 64, 3), np.nan, np.float32)), "finite"),
     (lambda: similarity.calibrate(np.eye(3), rate=1.5), "in \\(0, 1\\)"),
     (lambda: similarity.calibrate(np.eye(3)[:1]), "two different pictures"),
+    (lambda: similarity.calibrate_style(np.eye(3)[:2]), "at least three pictures"),
     (lambda: similarity.centred(np.ones((1, 4)), np.ones(4)), "different from the style's mean"),
 ])  # fmt: skip
 def test_bad_input_is_named(call, message):

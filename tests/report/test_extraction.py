@@ -133,10 +133,15 @@ def test_scores_of_single_clusters_may_be_nan(made):
 
 
 def test_what_the_base_model_makes_is_marked(made):
-    method = made.method(base_similarity=np.array([0.9, 0.1, 0.1, 0.1]))
-    page = report.page(made.extraction((method,)))
-    assert made.seen(page).words.count("base too") == 1
-    assert made.seen(page).words.count("base 0.90: no evidence") == 1
+    method = made.method(scores=(0.9, 0.8, 0.7, 0.2), base_similarity=np.full(4, 0.4))
+    page = report.page(made.extraction((method,), base_scores=np.array([0.9, 0.6, 0.1, 0.9])))
+    assert made.seen(page).words.count("base too") == 1  # the fourth picture has no match to begin with
+    assert made.seen(page).words.count("base 0.40: no evidence") == 1
+
+
+def test_base_scores_fit_the_pictures(made):
+    with pytest.raises(ValueError, match="base scores must be one per picture"):
+        made.extraction(base_scores=np.zeros(3))
 
 
 def test_many_pictures_fold_away(made):

@@ -50,10 +50,18 @@ def test_nothing_found_is_not_called_safe(made):
 
 
 def test_what_the_base_model_makes_too_is_not_counted(made):
-    method = made.method(scores=HIGH, base_similarity=np.array([0.9, 0.5, 0.4, np.nan]))
-    extraction = made.extraction((method,))
+    method = made.method(scores=HIGH, nulls=(0.6, 0.6, 0.1, 0.1))
+    base = {"base_scores": np.array([0.9, 0.85, 0.69, 0.2]), "holdout_base_scores": np.array([0.7, 0.5, 0.5, 0.5])}
+    extraction = made.extraction((method,), **base)
     assert tally(extraction, method) == (2, 4)
+    assert tally(extraction, method, holdouts=True) == (1, 4)
     assert any("Not counted are 2" in reason for reason in verdict(extraction).reasons)
+
+
+def test_a_low_threshold_that_the_base_passes_by_accident_discards_nothing(made):
+    method = made.method(scores=HIGH, base_similarity=np.full(4, 0.55))
+    extraction = made.extraction((method,), base_scores=np.full(4, 0.55))
+    assert tally(extraction, method) == (4, 4)
 
 
 def test_a_method_without_finite_images_gives_no_verdict(made):
