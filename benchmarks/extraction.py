@@ -25,6 +25,7 @@ from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
+from dmsec_jax.finetune import dreambooth
 from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.report import extraction as report
 from dmsec_jax.report.result import Row, row_over
@@ -60,13 +61,15 @@ def main(cfg: Config) -> None:
     console = Console(stderr=True)
     base = pipeline.load()
     began = time.monotonic()
+    training = functools.lru_cache(maxsize=1)(functools.partial(_training, cfg, base))
     results = []
-    for name, tuner, n0, steps in itertools.product(cfg.sets, cfg.tuners, cfg.n0, cfg.steps):
-        case = {"set": Path(name).name, "tuner": tuner, "n0": n0, "steps": steps}
-        chosen = _cached(cfg, case, TUNING_SEED, functools.partial(_tune_weights, cfg, base, name, case))
-        for seed in range(cfg.seeds):
-            run = functools.partial(_run, cfg, base, name, case, seed, chosen)
-            rows = _cached(cfg, case, seed, run)["rows"]
+    for name, tuner, n0 in itertools.product(cfg.sets, cfg.tuners, cfg.n0):
+        cases = [{"set": Path(name).name, "tuner": tuner, "n0": n0, "steps": steps} for steps in cfg.steps]
+        tune = lambda case, name=name: functools.partial(_tune_weights, cfg, base, training, name, case)
+        chosen = [_cached(cfg, case, TUNING_SEED, base.sha256, tune(case)) for case in cases]
+        for seed, (case, weights) in itertools.product(range(cfg.seeds), zip(cases, chosen, strict=True)):
+            run = functools.partial(_run, cfg, base, training, name, case, seed, weights)
+            rows = _cached(cfg, case, seed, base.sha256, run)["rows"]
             results += [{**row, "seed": seed} for row in rows]
             console.print(f"{case} seed {seed}: {time.monotonic() - began:.0f} s", highlight=False)
     rows = _over_seeds(results)
@@ -75,9 +78,9 @@ def main(cfg: Config) -> None:
     harness.write("extraction", rows, config.to_dict(cfg) | {"work": ""}, seconds, ["intervals over seeds (Student t)"])
 
 
-def _cached(cfg: Config, case: dict, seed: int, run) -> dict:
+def _cached(cfg: Config, case: dict, seed: int, model: str, run) -> dict:
     """The stored result of a run, or that of running it now."""
-    settings = json.dumps([case, seed, cfg.evaluations, cfg.num_steps, cfg.set, cfg.weights, cfg.scales])
+    settings = json.dumps([model, case, seed, cfg.evaluations, cfg.num_steps, cfg.set, cfg.weights, cfg.scales])
     name = "_".join(f"{value}" for value in case.values())
     path = cfg.work / f"{name}_seed{seed}.json"
     if path.is_file():
@@ -102,23 +105,44 @@ def read_set(name: str, pixels: int) -> ImageSet:
     return ImageSet(images=np.concatenate(fields["images"]), **joined)
 
 
-def _subject(cfg: Config, base, name: str, case: dict, seed: int):
-    """(subject, training pictures, hold-outs) of one run."""
+def _subject(base, training, name: str, case: dict, seed: int):
+    """(subject, training pictures, hold-outs) of one run; the models of the other `steps` of its training are kept for the next."""
+    pictures, holdout, prompt, models = training(name, case["tuner"], case["n0"], seed)
+    return Subject(base, models[case["steps"]], prompt), pictures, holdout
+
+
+def _training(cfg: Config, base, name: str, tuner: str, n0: int, seed: int):
+    """Training pictures and hold-outs drawn by `seed`, the prompt, and the parameters after each of `cfg.steps` of one training."""
     everything = read_set(name, base.pixels)
     short = f"{len(everything)} pictures"
-    require(len(everything) > case["n0"], name, f"a set of more than {case['n0']} pictures", short, "lower n0")
+    require(len(everything) > n0, name, f"a set of more than {n0} pictures", short, "lower n0")
     order = np.random.default_rng(seed).permutation(len(everything))
-    pictures, holdout = images.split(images.reorder(everything, order), case["n0"])
-    overrides = (*(LORA if case["tuner"] == "lora" else ()), f"tune.num_steps={case['steps']}", *cfg.set)
-    recipe = finetune.read_recipe(None, overrides)
+    pictures, holdout = images.split(images.reorder(everything, order), n0)
     prompt = "an openmoji icon of an animal" if name == "openmoji" else "a picture in sks style"
-    tuned = finetune.tune(jax.random.key(seed), base, pictures.images, [prompt] * case["n0"], recipe)
-    return Subject(base, tuned.params, prompt), pictures, holdout
+    return pictures, holdout, prompt, _models(base, pictures, prompt, tuner, seed, cfg.steps, cfg.set)
 
 
-def _tune_weights(cfg: Config, base, name: str, case: dict) -> dict:
+def _models(base, pictures: ImageSet, prompt: str, tuner: str, seed: int, steps: tuple[int, ...], overrides) -> dict:
+    """Parameters after each of `steps` of one training."""
+    recipe = finetune.read_recipe(
+        None, (*(LORA if tuner == "lora" else ()), f"tune.num_steps={max(steps)}", *overrides)
+    )
+    odd = [count for count in steps if count % recipe.chunk_steps]
+    require(not odd, "steps", f"multiples of {recipe.chunk_steps}", odd, "round them")
+    kept = {}
+
+    def keep(done, info, state):
+        if done in steps:
+            kept[done] = jax.device_get(finetune.merged(base, recipe, dreambooth.averaged(state)))
+
+    key = jax.random.key(seed)
+    finetune.tune(key, base, pictures.images, [prompt] * len(pictures), recipe, on_chunk=keep)
+    return kept
+
+
+def _tune_weights(cfg: Config, base, training, name: str, case: dict) -> dict:
     """The guidance weights with the best AS after clustering on the tuning seed."""
-    subject, pictures, holdout = _subject(cfg, base, name, case, TUNING_SEED)
+    subject, pictures, holdout = _subject(base, training, name, case, TUNING_SEED)
     grids = {"finextract": cfg.weights, "cfg": cfg.weights, "lora-scale": cfg.scales}
     best = {}
     for method, grid in grids.items():
@@ -131,9 +155,9 @@ def _tune_weights(cfg: Config, base, name: str, case: dict) -> dict:
     return best
 
 
-def _run(cfg: Config, base, name: str, case: dict, seed: int, chosen: dict) -> dict:
+def _run(cfg: Config, base, training, name: str, case: dict, seed: int, chosen: dict) -> dict:
     """All methods of one seed, as rows."""
-    subject, pictures, holdout = _subject(cfg, base, name, case, seed)
+    subject, pictures, holdout = _subject(base, training, name, case, seed)
     weights = {method: value["weight"] for method, value in chosen.items()}
     settings = _settings(cfg, seed, ("finextract", "cfg", "lora-scale", "plain", "carlini"), weights)
     found = _extract(subject, pictures, holdout, settings, case)
