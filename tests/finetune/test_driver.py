@@ -89,7 +89,15 @@ def test_saves_when_asked_and_at_the_end_before_reporting(flat):
     assert disk.events == numbers
 
 
-def test_termination_request_stops_it_too_and_a_second_signal_acts_at_once(flat):
+@pytest.fixture
+def interruptible():
+    """Python's own handling of SIGINT, which a process started in the background does not have: a shell lets it ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_termination_request_stops_it_too_and_a_second_signal_acts_at_once(flat, interruptible):
     def twice(done, info, state):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
