@@ -26,12 +26,12 @@ class Queries(NamedTuple):
     strength: np.ndarray
 
 
-def read_sets(photos: Path) -> tuple[dict[str, list[np.ndarray]], list[str]]:
+def read_sets(photos: Path | None) -> tuple[dict[str, list[np.ndarray]], list[str]]:
     """Set -> its groups of pictures of one style or subject, [N, 64, 64, 3] each, and notes on what is not there."""
     read = lambda *folders: np.concatenate([images.read_folder(folder, PIXELS).images for folder in folders])
     sets = {"openmoji": [read(PICTURES / "member", PICTURES / "holdout")]}
-    if not photos.is_dir():
-        return sets, [f"no {photos}: paintings and photographs left out"]
+    if photos is None:
+        return sets, ["no --photos folder: paintings and photographs left out"]
     gogh = photos / "wikiart-van-gogh"
     sets["van-gogh"] = [read(gogh / "member", gogh / "holdout")]
     sets["monet"] = [read(photos / "wikiart-monet")]

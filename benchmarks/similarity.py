@@ -45,7 +45,7 @@ Embed = Callable[[np.ndarray], dict[str, np.ndarray]]
 class Config:
     """Benchmark of embeddings for copy detection."""
 
-    photos: Path = Path("../shared/data")
+    photos: Path | None = None
     """Folder with `wikiart-van-gogh`, `wikiart-monet` and `dreambooth/<subject>`."""
     efficientnet: Path | None = None
     """`efficientnet-lite0-57934424.pth`."""
