@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks import harness
-from dmsec_jax import pipeline
+from dmsec_jax import audit, pipeline
 from dmsec_jax.audit import Subject
 from dmsec_jax.commands import extract, finetune
 from dmsec_jax.commands.demo import PICTURES
@@ -31,6 +31,7 @@ from dmsec_jax.report import extraction as report
 from dmsec_jax.report.result import Row, row_over
 
 TUNING_SEED = 1000
+METHODS = ("finextract", "cfg", "lora-scale", "plain", "carlini")
 LORA = ("lora.rank=64", "lora.alpha=64", "lora.targets=attention+ff+conv", "tune.learning_rate=0.001")
 
 
@@ -57,41 +58,44 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    """Runs what is not yet in `cfg.work`, then writes rows, table and JSON."""
+    """Draws what is not yet in `cfg.work`, judges all of it, then writes rows, table and JSON."""
     console = Console(stderr=True)
     base = pipeline.load()
     began = time.monotonic()
-    training = functools.lru_cache(maxsize=1)(functools.partial(_training, cfg, base))
-    results = []
     for name, tuner, n0 in itertools.product(cfg.sets, cfg.tuners, cfg.n0):
-        cases = [{"set": Path(name).name, "tuner": tuner, "n0": n0, "steps": steps} for steps in cfg.steps]
-        tune = lambda case, name=name: functools.partial(_tune_weights, cfg, base, training, name, case)
-        chosen = [_cached(cfg, case, TUNING_SEED, base.sha256, tune(case)) for case in cases]
-        for seed, (case, weights) in itertools.product(range(cfg.seeds), zip(cases, chosen, strict=True)):
-            run = functools.partial(_run, cfg, base, training, name, case, seed, weights)
-            rows = _cached(cfg, case, seed, base.sha256, run)["rows"]
-            results += [{**row, "seed": seed} for row in rows]
-            console.print(f"{case} seed {seed}: {time.monotonic() - began:.0f} s", highlight=False)
-    rows = _over_seeds(results)
+        tuning = _Training(cfg, base, name, tuner, n0, TUNING_SEED)
+        chosen = {steps: _tuned_weights(cfg, tuning, steps) for steps in cfg.steps}
+        results = []
+        for seed in range(cfg.seeds):
+            training = _Training(cfg, base, name, tuner, n0, seed)
+            for steps in cfg.steps:
+                weights = {method: value["weight"] for method, value in chosen[steps].items()}
+                found = _extract(cfg, training, steps, METHODS, weights)
+                results += [
+                    {**dataclasses.asdict(row), "seed": seed} for row in report.rows(found, training.case(steps))
+                ]
+                label = f"{training.case(steps)} seed {seed}: {time.monotonic() - began:.0f} s"
+                console.print(label, markup=False, highlight=False)
+        notes = [f"{tuner}, {steps} steps: weights tried {_shown(value)}" for steps, value in chosen.items()]
+        console.print("\n".join(notes), markup=False, highlight=False)
+        _write(cfg, results, notes, time.monotonic() - began)
+
+
+def _shown(chosen: dict) -> str:
+    """AS after clustering at each weight, `*` at the one taken."""
+    lines = []
+    for method, value in chosen.items():
+        scores = (f"{w}{'*' if float(w) == value['weight'] else ''} {s:.3f}" for w, s in value["scores"].items())
+        lines.append(f"{method}: {', '.join(scores)}")
+    return "; ".join(lines)
+
+
+def _write(cfg: Config, results: list[dict], notes: list[str], seconds: float) -> None:
+    """One file per set, tuner and number of pictures, as soon as it is done."""
+    rows = _over_seeds(results) + _differences(results)
     _print(rows)
-    seconds = {"all": time.monotonic() - began}
-    harness.write("extraction", rows, config.to_dict(cfg) | {"work": ""}, seconds, ["intervals over seeds (Student t)"])
-
-
-def _cached(cfg: Config, case: dict, seed: int, model: str, run) -> dict:
-    """The stored result of a run, or that of running it now."""
-    settings = json.dumps([model, case, seed, cfg.evaluations, cfg.num_steps, cfg.set, cfg.weights, cfg.scales])
-    name = "_".join(f"{value}" for value in case.values())
-    path = cfg.work / f"{name}_seed{seed}.json"
-    if path.is_file():
-        stored = json.loads(path.read_text())
-        require(stored["settings"] == settings, str(path), "of these settings", "others", "remove it or change --work")
-        return stored["result"]
-    result = run()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps({"settings": settings, "result": result}))
-    path.with_suffix(".part").rename(path)
-    return result
+    notes = ["intervals over seeds (Student t); differences are paired by seed", *notes]
+    harness.write("extraction", rows, config.to_dict(cfg) | {"work": ""}, {"all": seconds}, notes)
 
 
 def read_set(name: str, pixels: int) -> ImageSet:
@@ -105,83 +109,97 @@ def read_set(name: str, pixels: int) -> ImageSet:
     return ImageSet(images=np.concatenate(fields["images"]), **joined)
 
 
-def _subject(base, training, name: str, case: dict, seed: int):
-    """(subject, training pictures, hold-outs) of one run; the models of the other `steps` of its training are kept for the next."""
-    pictures, holdout, prompt, models = training(name, case["tuner"], case["n0"], seed)
-    return Subject(base, models[case["steps"]], prompt), pictures, holdout
+class _Training:
+    """One training: its pictures and hold-outs drawn by the seed, and the models after each of `cfg.steps`, trained when first asked for."""
+
+    def __init__(self, cfg: Config, base: pipeline.Pipeline, name: str, tuner: str, n0: int, seed: int):
+        everything = read_set(name, base.pixels)
+        short = f"{len(everything)} pictures"
+        require(len(everything) > n0, name, f"a set of more than {n0} pictures", short, "lower n0")
+        order = np.random.default_rng(seed).permutation(len(everything))
+        self.pictures, self.holdout = images.split(images.reorder(everything, order), n0)
+        self.base, self.name, self.tuner, self.n0, self.seed, self.cfg = base, Path(name).name, tuner, n0, seed, cfg
+        self.prompt = "an openmoji icon of an animal" if name == "openmoji" else "a picture in sks style"
+        overrides = (*(LORA if tuner == "lora" else ()), f"tune.num_steps={max(cfg.steps)}", *cfg.set)
+        self.recipe = finetune.read_recipe(None, overrides)
+        odd = [count for count in cfg.steps if count % self.recipe.chunk_steps]
+        require(not odd, "steps", f"multiples of {self.recipe.chunk_steps}", odd, "round them")
+
+    def case(self, steps: int) -> dict:
+        return {"set": self.name, "tuner": self.tuner, "n0": self.n0, "steps": steps}
+
+    @functools.cached_property
+    def models(self) -> dict[int, dict]:
+        """Parameters after each of `cfg.steps` steps."""
+        kept = {}
+
+        def keep(done, info, state):
+            if done in self.cfg.steps:
+                kept[done] = jax.device_get(finetune.merged(self.base, self.recipe, dreambooth.averaged(state)))
+
+        prompts = [self.prompt] * len(self.pictures)
+        key = jax.random.key(self.seed)
+        finetune.tune(key, self.base, self.pictures.images, prompts, self.recipe, on_chunk=keep)
+        return kept
+
+    def draw(self, steps: int, method: str, weight: float | None, evaluations: int) -> audit.Generated:
+        """Pictures of one method in eight bits, as a user would keep them; drawn once, then read from `cfg.work`.
+
+        `steps` 0 is the base model.
+        """
+        folder = f"{self.name}_{self.tuner}_{self.n0}_seed{self.seed}"
+        path = self.cfg.work / folder / f"{steps}_{method}_{weight or 0:g}_{evaluations}.npz"
+        # with a constant learning rate a model is the same however long its training goes on: `cfg.steps` does not count
+        settings = json.dumps([self.base.sha256, self.cfg.num_steps, self.cfg.set])
+        if path.is_file():
+            with np.load(path) as stored:
+                same = str(stored["settings"]) == settings
+                require(same, str(path), "of these settings", "others", "remove it or change --work")
+                return audit.Generated(images.from_uint8(stored["images"]), int(stored["drawn"]), int(stored["broken"]))
+        tuned = self.models[steps] if steps else self.base.params
+        key = jax.random.key(self.seed)
+        subject = Subject(self.base, tuned, self.prompt)
+        drawn = audit.generate(key, subject, method, evaluations=evaluations, num_steps=self.cfg.num_steps, w=weight)
+        eight = images.to_uint8(drawn.images)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".part").open("wb") as file:
+            np.savez(file, images=eight, drawn=drawn.drawn, broken=drawn.broken, settings=settings)
+        path.with_suffix(".part").rename(path)
+        return drawn._replace(images=images.from_uint8(eight))
 
 
-def _training(cfg: Config, base, name: str, tuner: str, n0: int, seed: int):
-    """Training pictures and hold-outs drawn by `seed`, the prompt, and the parameters after each of `cfg.steps` of one training."""
-    everything = read_set(name, base.pixels)
-    short = f"{len(everything)} pictures"
-    require(len(everything) > n0, name, f"a set of more than {n0} pictures", short, "lower n0")
-    order = np.random.default_rng(seed).permutation(len(everything))
-    pictures, holdout = images.split(images.reorder(everything, order), n0)
-    prompt = "an openmoji icon of an animal" if name == "openmoji" else "a picture in sks style"
-    return pictures, holdout, prompt, _models(base, pictures, prompt, tuner, seed, cfg.steps, cfg.set)
-
-
-def _models(base, pictures: ImageSet, prompt: str, tuner: str, seed: int, steps: tuple[int, ...], overrides) -> dict:
-    """Parameters after each of `steps` of one training."""
-    recipe = finetune.read_recipe(
-        None, (*(LORA if tuner == "lora" else ()), f"tune.num_steps={max(steps)}", *overrides)
-    )
-    odd = [count for count in steps if count % recipe.chunk_steps]
-    require(not odd, "steps", f"multiples of {recipe.chunk_steps}", odd, "round them")
-    kept = {}
-
-    def keep(done, info, state):
-        if done in steps:
-            kept[done] = jax.device_get(finetune.merged(base, recipe, dreambooth.averaged(state)))
-
-    key = jax.random.key(seed)
-    finetune.tune(key, base, pictures.images, [prompt] * len(pictures), recipe, on_chunk=keep)
-    return kept
-
-
-def _tune_weights(cfg: Config, base, training, name: str, case: dict) -> dict:
+def _tuned_weights(cfg: Config, training: _Training, steps: int) -> dict:
     """The guidance weights with the best AS after clustering on the tuning seed."""
-    subject, pictures, holdout = _subject(base, training, name, case, TUNING_SEED)
     grids = {"finextract": cfg.weights, "cfg": cfg.weights, "lora-scale": cfg.scales}
     best = {}
     for method, grid in grids.items():
         scores = {}
         for weight in grid:
-            settings = _settings(cfg, TUNING_SEED, (method,), {method: weight})
-            found = _extract(subject, pictures, holdout, settings, case)
+            found = _extract(cfg, training, steps, (method,), {method: weight})
             scores[weight] = found.main.clustered.average.value if found.main.clustered else -1.0
         best[method] = {"weight": max(scores, key=scores.get), "scores": {str(w): s for w, s in scores.items()}}
     return best
 
 
-def _run(cfg: Config, base, training, name: str, case: dict, seed: int, chosen: dict) -> dict:
-    """All methods of one seed, as rows."""
-    subject, pictures, holdout = _subject(base, training, name, case, seed)
-    weights = {method: value["weight"] for method, value in chosen.items()}
-    settings = _settings(cfg, seed, ("finextract", "cfg", "lora-scale", "plain", "carlini"), weights)
-    found = _extract(subject, pictures, holdout, settings, case)
-    return {"rows": [dataclasses.asdict(row) for row in report.rows(found, case)], "weights": weights}
+def _extract(cfg: Config, training: _Training, steps: int, methods: tuple[str, ...], weights: dict[str, float]):
+    """What `dmsec extract` finds in one model."""
 
+    def draw(name: str, subject: Subject, evaluations: int, label: str) -> audit.Generated:
+        at = 0 if label == "base model" else steps
+        return training.draw(at, name, weights.get(name), evaluations)
 
-def _settings(cfg: Config, seed: int, methods: tuple[str, ...], weights: dict[str, float]) -> extract.Settings:
-    names = {"finextract": "w", "cfg": "cfg_weight", "lora-scale": "scale"}
-    given = {names[method]: weight for method, weight in weights.items()}
-    return extract.Settings(methods=methods, evaluations=cfg.evaluations, num_steps=cfg.num_steps, seed=seed, **given)
-
-
-def _extract(subject, pictures, holdout, settings, case):
     return extract.extract(
-        subject,
-        pictures,
-        holdout,
-        settings,
-        number=case["n0"],
+        Subject(training.base, {}, training.prompt),  # `draw` knows the fine-tuned parameters
+        training.pictures,
+        training.holdout,
+        extract.Settings(methods=methods, evaluations=cfg.evaluations, num_steps=cfg.num_steps, seed=training.seed),
+        number=training.n0,
         console=Console(quiet=True),
-        tuned_label=str(case),
+        tuned_label=str(training.case(steps)),
         seconds={},
         config={},
         inputs={},
+        draw_fn=draw,
     )
 
 
@@ -199,6 +217,24 @@ def _over_seeds(results: list[dict]) -> list[Row]:
             rows.append(Row(value=None, n=len(values), **names))
         else:
             rows.append(row_over(seed_interval(values), **names))
+    return rows
+
+
+def _differences(results: list[dict]) -> list[Row]:
+    """FineXtract minus each baseline in AS, paired by seed."""
+    values = {}
+    for row in results:
+        if row["metric"] == "AS" and row["value"] is not None:
+            case = json.dumps(row["case"], sort_keys=True)
+            values.setdefault(case, {}).setdefault(row["method"], {})[row["seed"]] = row["value"]
+    rows = []
+    for case, methods in values.items():
+        main = methods.get("finextract", {})
+        for other in sorted(methods.keys() - {"finextract"}):
+            pairs = [main[seed] - methods[other][seed] for seed in main.keys() & methods[other].keys()]
+            names = {"bench": "extraction", "metric": "AS difference", "unit": "cosine", "method": "finextract"}
+            if pairs:
+                rows.append(row_over(seed_interval(pairs), **names, case=json.loads(case) | {"against": other}))
     return rows
 
 

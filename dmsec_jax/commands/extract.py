@@ -22,6 +22,9 @@ from dmsec_jax.report import page
 from dmsec_jax.report.extraction_data import Extraction
 from dmsec_jax.report.training_data import Course
 
+DrawFn = Callable[[str, Subject, int, str], audit.Generated]
+"""(method, subject, evaluations, label) -> pictures."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -108,19 +111,21 @@ def extract(
     config: dict,
     inputs: dict[str, str],
     course: Course | None = None,
+    draw_fn: DrawFn | None = None,
 ) -> Extraction:
     """Runs all methods on the same noise and gathers what the report shows.
 
     Args:
         number: of training pictures, None if unknown.
         seconds, config, inputs: of the whole command so far; the wall time of every method is added.
+        draw_fn: draws the pictures, or brings those of an earlier run; default: `audit.generate` with a progress bar.
     """
     for name in settings.methods:
         require(name in audit.METHODS, "methods", f"of {', '.join(audit.METHODS)}", repr(name), "correct the name")
     key = jax.random.key(settings.seed)
     seconds = dict(seconds)
     with Progress(console=console, transient=True) as progress:
-        draw = _drawer(progress, subject, settings, key, seconds)
+        draw = draw_fn or _drawer(progress, settings, key, seconds)
         half = settings.evaluations // 2
         base_subject = subject._replace(tuned=subject.base.params)
         base_pictures = draw("plain", base_subject, half, "base model").images
@@ -160,9 +165,13 @@ def extract(
     )
 
 
-def _drawer(progress: Progress, subject: Subject, settings: Settings, key, seconds: dict[str, float]) -> Callable:
-    """`draw(name, subject, evaluations, label)` with a progress bar, and its wall time kept in `seconds`."""
-    weights = {"finextract": settings.w, "cfg": settings.cfg_weight, "lora-scale": settings.scale}
+def weights(settings: Settings) -> dict[str, float]:
+    """Guidance weight (or scale) of the methods that have one."""
+    return {"finextract": settings.w, "cfg": settings.cfg_weight, "lora-scale": settings.scale}
+
+
+def _drawer(progress: Progress, settings: Settings, key, seconds: dict[str, float]) -> DrawFn:
+    """A `DrawFn` with a progress bar; its wall time is kept in `seconds`."""
 
     def draw(name: str, subject: Subject, evaluations: int, label: str) -> audit.Generated:
         task = progress.add_task(f"sampling: {label}", total=None)
@@ -173,7 +182,7 @@ def _drawer(progress: Progress, subject: Subject, settings: Settings, key, secon
             name,
             evaluations=evaluations,
             num_steps=settings.num_steps,
-            w=weights.get(name),
+            w=weights(settings).get(name),
             k=settings.k if name == "finextract" else None,
             batch_size=settings.batch_size,
             progress=lambda done, total: progress.update(task, completed=done, total=total),

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import ModelFn
-from dmsec_jax.diffusion.draws import Draw, Window, example_keys, uniform_draw
+from dmsec_jax.diffusion.draws import Draw, Window, example_keys, standard_normal, uniform_draw
 from dmsec_jax.diffusion.schedule import add_noise, target
 
 
@@ -133,7 +133,7 @@ def grid_loss(
 
     def one(position_and_t):
         position, t = position_and_t
-        noise = jax.vmap(lambda own: jax.random.normal(jax.random.fold_in(own, position), z0.shape[1:]))(keys)
+        noise = jax.vmap(lambda own: standard_normal(jax.random.fold_in(own, position), z0.shape[1:]))(keys)
         return denoising_loss(model_fn, alpha_bar, z0, jnp.full(z0.shape[:1], t), noise, prediction_type)
 
     grid = jnp.asarray(timesteps, jnp.int32)
