@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmsec_jax.checkpoints import diffusers
-from dmsec_jax.checkpoints.files import sha256
 from dmsec_jax.core import trees
 from dmsec_jax.core.checks import image_batch, require
+from dmsec_jax.core.files import sha256
 from dmsec_jax.core.types import Context, EpsFn, Image, Latent, Params
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.diffusion import draws, guidance, samplers, schedule
@@ -128,6 +128,15 @@ def save(
     diffusers.write_model(folder, model, dtype, metadata=metadata)
 
 
+class Subject(NamedTuple):
+    """What is audited: two models of one architecture, and the prompt of the second."""
+
+    base: Pipeline
+    tuned: dict[str, Params]
+    """Parameters of the fine-tuned model: "unet", "vae", "text_encoder"."""
+    prompt: str
+
+
 @functools.cache
 def functions(unet_cfg: unet.UNetConfig, vae_cfg: vae.VAEConfig, text_cfg: clip.TextConfig) -> Functions:
     """The functions of an architecture; equal configs give the same objects, so compiled programs are shared."""
@@ -157,7 +166,8 @@ def pair(pipeline: Pipeline, first: tuple[Params, Context], second: tuple[Params
         first, second: (params["unet"], context [1, L, D]); the first is the base model in two-model guidance.
 
     Returns:
-        pair_fn: (params, z_t, t) -> (first prediction, second prediction); the same object for the same architecture.
+        pair_fn: (params, z_t, t) -> (first prediction, second prediction); `z_t` may be a pair of latents, one for each network. The same
+            object for the same architecture.
         params: its parameters.
     """
     networks, texts = zip(first, second, strict=True)
@@ -175,10 +185,8 @@ def single(pipeline: Pipeline, network: Params, context: Context) -> tuple[Calla
 @functools.cache
 def _in_turn(predict_fn):
     def pair_fn(params, z_t, t):
-        return tuple(
-            predict_fn(network, z_t, t, _rows(context, z_t))
-            for network, context in zip(params["unet"], params["context"], strict=True)
-        )
+        parts = zip(params["unet"], params["context"], _two(z_t), strict=True)
+        return tuple(predict_fn(network, z, t, _rows(context, z)) for network, context, z in parts)
 
     return pair_fn
 
@@ -186,8 +194,11 @@ def _in_turn(predict_fn):
 @functools.cache
 def _mapped(predict_fn):
     def pair_fn(params, z_t, t):
-        one = lambda part: predict_fn(part["unet"], z_t, t, _rows(part["context"], z_t))
-        first, second = jax.lax.map(one, params)
+        one = lambda part, z: predict_fn(part["unet"], z, t, _rows(part["context"], z))
+        if isinstance(z_t, tuple):
+            first, second = jax.lax.map(lambda both: one(*both), (params, jnp.stack(z_t)))
+        else:
+            first, second = jax.lax.map(lambda part: one(part, z_t), params)
         return first, second
 
     return pair_fn
@@ -196,6 +207,10 @@ def _mapped(predict_fn):
 @functools.cache
 def _bound(predict_fn):
     return lambda params, z_t, t: predict_fn(params["unet"], z_t, t, _rows(params["context"], z_t))
+
+
+def _two(z_t):
+    return z_t if isinstance(z_t, tuple) else (z_t, z_t)
 
 
 def _rows(context, z_t):
@@ -273,22 +288,24 @@ def encode(pipeline: Pipeline, images: Image, batch_size: int = 16) -> tuple[Lat
     """
     image_batch("images", images)
     run = lambda part: _encode(pipeline.params["vae"], part, pipeline.functions.encode_fn)
-    return tuple(map(jnp.concatenate, zip(*_batched(run, images, batch_size), strict=True)))
+    return tuple(map(jnp.concatenate, zip(*batched(run, images, batch_size), strict=True)))
 
 
 def decode(pipeline: Pipeline, latents: Latent, batch_size: int = 16) -> np.ndarray:
     """Pictures [N, H, W, 3] in [-1, 1] of scaled latents, in equal batches; rows that are not finite come back as NaN."""
     run = lambda part: (_decode(pipeline.params["vae"], part, pipeline.functions.decode_fn),)
-    return np.concatenate([np.asarray(part) for (part,) in _batched(run, latents, batch_size)])
+    return np.concatenate([np.asarray(part) for (part,) in batched(run, latents, batch_size)])
 
 
-def _batched(run, rows, size):
-    """`run` over batches of exactly min(size, N) rows; the last one is filled up by repeating its final row."""
-    count = rows.shape[0]
+def batched(run: Callable, rows, size: int):
+    """`run` over batches of exactly min(size, N) rows of a tree of arrays [N, ...]; the last one is filled up by repeating its final row.
+
+    Yields what `run` returns, a tuple of arrays, without the filling: one compilation serves any N.
+    """
+    count = jax.tree.leaves(rows)[0].shape[0]
     size = min(size, count)
     for start in range(0, count, size):
-        part = jnp.asarray(rows[start : start + size])
-        kept = part.shape[0]
-        if kept < size:
-            part = jnp.concatenate([part, jnp.repeat(part[-1:], size - kept, axis=0)])
+        kept = min(size, count - start)
+        index = np.minimum(np.arange(start, start + size), count - 1)
+        part = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), rows)
         yield tuple(out[:kept] for out in run(part))

@@ -26,6 +26,7 @@ FLOOR = {
     "pipeline": 5,
     "pretrain": 6,
     "audit": 6,
+    "authentication": 6,
     "cli": 8,
     "__main__": 9,
 }

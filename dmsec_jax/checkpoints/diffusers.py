@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 
 from dmsec_jax.checkpoints import configs, mapping
-from dmsec_jax.checkpoints.files import atomic_folder, read_json, write_json
 from dmsec_jax.checkpoints.weights import SHARD_BYTES, read_weights, write_weights
 from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.files import atomic_folder, read_json, write_json
 from dmsec_jax.core.types import Params
 from dmsec_jax.models import clip, unet, vae
 from dmsec_jax.models.presets import Preset
@@ -170,14 +170,14 @@ def write_model(
             )
             cfg = configs.write_config(getattr(model.configs, component.field), component.format)
             own = note if component.package == "diffusers" else {"dtype": dtype}
-            write_json(part / name / "config.json", cfg | own)
+            write_json(part / name / "config.json", cfg | own, sort_keys=True)
         (part / "scheduler").mkdir()
-        write_json(part / "scheduler" / "scheduler_config.json", scheduler | note)
+        write_json(part / "scheduler" / "scheduler_config.json", scheduler | note, sort_keys=True)
         (part / "tokenizer").mkdir()
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, part / "tokenizer" / file)
-        write_json(part / INDEX, _index(scheduler["_class_name"]) | note)
+        write_json(part / INDEX, _index(scheduler["_class_name"]) | note, sort_keys=True)
 
 
 def _state(name: str, model: Model) -> dict[str, Any]:

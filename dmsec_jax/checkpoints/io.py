@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dmsec_jax.checkpoints.files import MAX_JSON, atomic_file, open_file
 from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.files import MAX_JSON, atomic_file, open_file
 
 MAX_RANK = 8
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -70,7 +70,7 @@ def write_tensors(
     """Writes arrays to a safetensors file, atomically and converting one tensor at a time.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; folders on the way are made.
         tensors: name -> NumPy or JAX array.
         dtype: "float32", "float16" or "bfloat16" for the floating-point tensors; None keeps theirs.
         metadata: free text for the header.

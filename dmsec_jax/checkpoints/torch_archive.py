@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from dmsec_jax.core.checks import fail
+from dmsec_jax.core.files import open_file
 
 MAX_PICKLE = 2**24
 """Bytes of a description; that of ResNeXt-101 takes a tenth of a megabyte."""
@@ -134,7 +135,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         OSError: if the file cannot be opened.
         ValueError: if it is no PyTorch file, asks for anything but tensors and containers, is inconsistent, or exceeds the bounds.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             return _read(file)
         except _Refused as error:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dmsec_jax.checkpoints.files import read_json, write_json
 from dmsec_jax.checkpoints.io import INTACT, PICKLES, SAFE, read_tensors, stored_dtype, write_tensors
 from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.files import read_json, write_json
 
 SHARD_BYTES = 5 * 10**9
 
@@ -78,7 +78,7 @@ def write_weights(
         write_tensors(folder / file, {name: tensors[name] for name in names}, dtype=dtype, metadata=metadata)
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-    write_json(folder / f"{stem}.safetensors.index{infix}.json", index)
+    write_json(folder / f"{stem}.safetensors.index{infix}.json", index, sort_keys=True)
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:

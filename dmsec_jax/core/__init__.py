@@ -1,1 +1,1 @@
-"""Floor 0, mathematics that has never heard of diffusion: types, config, checks, trees."""
+"""Floor 0, mathematics that has never heard of diffusion: types, config, checks, files, trees."""

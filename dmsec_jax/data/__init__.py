@@ -4,5 +4,4 @@
 - `decode`: one picture file of any kind -> RGB
 - `tokens`: text -> token ids, the byte-pair encoding of CLIP
 - `token_files`: the files of a tokenizer folder
-- `files`: whole files or none
 """

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Float32, Shaped, UInt8
 from PIL import Image
 
 from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.files import read_bounded, write_atomically
 from dmsec_jax.data.decode import MAX_BYTES, MAX_PIXELS, decode
-from dmsec_jax.data.files import read_bounded, write_atomically
 
 SIDECARS = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".html"}
 DOCUMENTS = {"license", "licence", "copying", "notice", "readme", "thumbs.db", "desktop.ini"}
@@ -73,7 +73,7 @@ def read_folder(folder: str | Path, size: int, *, max_pixels: int = MAX_PIXELS) 
             content = read_bounded(path, MAX_BYTES)
             picture, remarks = decode(content, max_pixels=max_pixels)
             captions.append(_caption(path))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             bad.append(f"{path.name!a}: {error}")
             continue
         digest = hashlib.sha256(content).hexdigest()

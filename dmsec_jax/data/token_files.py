@@ -1,17 +1,16 @@
 """The files of a tokenizer folder, in the layout that `transformers.CLIPTokenizer` reads and writes."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmsec_jax.core.checks import fail, require
-from dmsec_jax.data.files import read_bounded, read_json, write_atomically
+from dmsec_jax.core.files import read_bounded, read_json, write_atomically, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 DEFAULT_LENGTH = 77  # the context of every released CLIP text encoder
-MAX_FILE_BYTES = 64 * 2**20  # the released vocabularies take 1 MB
+MAX_MERGES = 16 * 2**20  # bytes; the released ones take 0.5 MB
 UNKNOWN_LENGTH = 2**16  # transformers writes 1e30 where the length is unknown
 
 
@@ -34,7 +33,7 @@ def read(folder: str | Path) -> TokenFiles:
     """
     folder = Path(folder)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocab, merges, added = read_json(folder / "vocab.json", MAX_FILE_BYTES), _read_merges(folder / "merges.txt"), []
+        vocab, merges, added = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt"), []
     elif (folder / "tokenizer.json").exists():
         vocab, merges, added = _read_fast(folder / "tokenizer.json")
     else:
@@ -44,7 +43,7 @@ def read(folder: str | Path) -> TokenFiles:
     numbered = bool(vocab) and all(type(i) is int for i in vocab.values())
     require(numbered, f"vocabulary in {folder}", "token -> integer id", "other values or none", "download it again")
     config, special, older = (
-        read_json(folder / name, MAX_FILE_BYTES) if (folder / name).exists() else {}
+        read_json(folder / name) if (folder / name).exists() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     listed = config.get("added_tokens_decoder")
@@ -81,11 +80,11 @@ def write(folder: str | Path, files: TokenFiles) -> None:
         ("special_tokens_map.json", special),
         ("tokenizer_config.json", settings | special),
     ):
-        write_atomically(folder / name, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+        write_json(folder / name, value)
 
 
 def _read_merges(path: Path) -> tuple[tuple[str, str], ...]:
-    content = read_bounded(path, MAX_FILE_BYTES)
+    content = read_bounded(path, MAX_MERGES)
     try:
         lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
@@ -95,7 +94,7 @@ def _read_merges(path: Path) -> tuple[tuple[str, str], ...]:
 
 
 def _read_fast(path: Path) -> tuple[dict[str, Any], tuple[tuple[str, str], ...], list[Any]]:
-    content = read_json(path, MAX_FILE_BYTES)
+    content = read_json(path)
     model = content.get("model")
     kind = (model.get("type"), model.get("end_of_word_suffix")) if isinstance(model, dict) else None
     ok = kind == ("BPE", END_OF_WORD) and isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)

@@ -79,6 +79,7 @@ def fit(
         restore: called with a State of `jax.ShapeDtypeStruct`; returns a State like it, which is ours then, or None.
 
     SIGINT (Ctrl-C) and SIGTERM end it after the current chunk, saved; a second signal acts at once (main thread only).
+    One that the process ignores stays ignored.
 
     Raises:
         ValueError: if the loss or gradient is not finite (that chunk is not saved), on a checkpoint of another shape or
@@ -154,7 +155,9 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     received = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    both = (signal.SIGINT, signal.SIGTERM)
+    # a shell lets its background jobs ignore SIGINT, so that Ctrl-C in the terminal leaves them running
+    before = {number: handler for number in both if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
 
     def put_back() -> None:
         for number, handler in before.items():

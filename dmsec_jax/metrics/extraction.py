@@ -90,6 +90,34 @@ def difference_interval(seed: int, values, null_values, *, level: float = 0.95, 
     return _percentiles(float(values.mean() - null_values.mean()), means, level, len(values) + len(null_values), known)
 
 
+def rate_interval(hits, *, level: float = 0.95) -> Interval:
+    """Wilson's score interval of the mean of hits [M], zeros and ones; it has a width where none or all are hits.
+
+    Wilson, Journal of the American Statistical Association 22, 1927. Resampled pictures would be all alike there.
+
+    Raises:
+        ValueError: if `hits` is empty or holds anything but zeros and ones.
+    """
+    hits = _scores(hits)
+    binary = bool(np.isin(hits, (0, 1)).all())
+    require(binary, "hits", "zeros and ones", "other values", "compare the scores with a threshold first")
+    low, high = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(level, "wilson")
+    return Interval(float(hits.mean()), float(low), float(high), len(hits))
+
+
+def rate_difference_interval(hits, null_hits, *, level: float = 0.95) -> Interval:
+    """Newcombe's hybrid score interval of mean(hits) - mean(null_hits) for two independent sets; raises as `rate_interval`.
+
+    With Wilson's [l, u] for the rate p and [l', u'] for p': from p - p' - sqrt((p - l)^2 + (u' - p')^2)
+    to p - p' + sqrt((u - p)^2 + (p' - l')^2). Newcombe, Statistics in Medicine 17, 1998, method 10.
+    """
+    rate, null = rate_interval(hits, level=level), rate_interval(null_hits, level=level)
+    value = rate.value - null.value
+    below = np.hypot(rate.value - rate.low, null.high - null.value)
+    above = np.hypot(rate.high - rate.value, null.value - null.low)
+    return Interval(value, float(value - below), float(value + above), rate.n + null.n)
+
+
 def seed_interval(values, *, level: float = 0.95) -> Interval:
     """Student-t interval of the mean over independent runs [R], one value per seed; infinite for one run."""
     values = _scores(values)
@@ -103,26 +131,28 @@ def seed_interval(values, *, level: float = 0.95) -> Interval:
 def summarise(
     seed: int, members, extracted, thresholds: Sequence[float], *, holdouts=None, level: float = 0.95, draws: int = 2000
 ) -> Summary:
-    """AS and ESR of one run with bootstrap intervals, beside the same numbers for pictures that were never trained on.
+    """AS and ESR of one run, beside the same numbers for pictures that were never trained on.
+
+    Intervals are over pictures: by bootstrap for AS, `rate_interval` and `rate_difference_interval` for ESR.
 
     Args:
         members: [M, D] features of the training pictures; extracted: [E, D]; holdouts: [H, D] or None.
         thresholds: for the rates.
+        seed, draws: of the bootstrap.
     """
     score = best_matches(members, extracted).score
     interval = lambda values: bootstrap_interval(seed, values, level=level, draws=draws)
-    average, rates = interval(score), {tau: interval(score >= tau) for tau in thresholds}
+    rates = lambda scores: {tau: rate_interval(scores >= tau, level=level) for tau in thresholds}
     if holdouts is None:
-        return Summary(average, rates, None, None, None, None)
+        return Summary(interval(score), rates(score), None, None, None, None)
     null = best_matches(holdouts, extracted).score
-    difference = lambda values, nulls: difference_interval(seed, values, nulls, level=level, draws=draws)
     return Summary(
-        average=average,
-        rates=rates,
+        average=interval(score),
+        rates=rates(score),
         holdout_average=interval(null),
-        holdout_rates={tau: interval(null >= tau) for tau in thresholds},
-        difference=difference(score, null),
-        rate_differences={tau: difference(score >= tau, null >= tau) for tau in thresholds},
+        holdout_rates=rates(null),
+        difference=difference_interval(seed, score, null, level=level, draws=draws),
+        rate_differences={tau: rate_difference_interval(score >= tau, null >= tau, level=level) for tau in thresholds},
     )
 
 

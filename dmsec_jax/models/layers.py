@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dmsec_jax.core.checks import require
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -217,3 +219,15 @@ class Upsample(nn.Module):
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         return Conv(self.features, dtype=self.dtype, name="conv")(x)
+
+
+def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The class under a config's `remat`: "block" recomputes it in the backward pass, "none" stores its activations.
+
+    Name its instances, since remat changes automatic names.
+
+    Raises:
+        ValueError: on another policy.
+    """
+    require(remat in ("none", "block"), "remat", "'none' or 'block'", repr(remat), "choose one of them")
+    return nn.remat(module) if remat == "block" else module

@@ -25,6 +25,7 @@ from dmsec_jax.models.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
+    rematerialised,
     timestep_features,
 )
 
@@ -168,7 +169,6 @@ def check_config(cfg: UNetConfig) -> None:
     require(
         cfg.dtype in ("float32", "bfloat16"), "dtype", "'float32' or 'bfloat16'", repr(cfg.dtype), "choose one of them"
     )
-    require(cfg.remat in ("none", "block"), "remat", "'none' or 'block'", repr(cfg.remat), "choose one of them")
 
 
 def check_inputs(cfg: UNetConfig, z_t: tuple[int, ...], t: tuple[int, ...], context: tuple[int, ...]) -> None:
@@ -278,19 +278,17 @@ class UpBlock(nn.Module):
         return Upsample(self.features, self.cfg.dtype, name="upsamplers_0")(x) if self.upsample else x
 
 
-def rematerialised(module: type[nn.Module], cfg: UNetConfig) -> type[nn.Module]:
-    """The class under the config's remat policy; name its instances, since remat changes automatic names."""
-    return nn.remat(module) if cfg.remat == "block" else module
-
-
 def resnet(cfg: UNetConfig, features: int, name: str) -> nn.Module:
     """A residual block of this network."""
-    return rematerialised(ResnetBlock, cfg)(features, cfg.norm_num_groups, cfg.norm_eps, cfg.dtype, name=name)
+    block = rematerialised(ResnetBlock, cfg.remat)
+    return block(features, cfg.norm_num_groups, cfg.norm_eps, cfg.dtype, name=name)
 
 
 def transformer(cfg: UNetConfig, heads: int, depth: int, name: str) -> nn.Module:
     """A transformer block of this network."""
     build = partial(
-        rematerialised(Transformer2D, cfg), groups=cfg.norm_num_groups, linear_projection=cfg.use_linear_projection
+        rematerialised(Transformer2D, cfg.remat),
+        groups=cfg.norm_num_groups,
+        linear_projection=cfg.use_linear_projection,
     )
     return build(heads, depth, dtype=cfg.dtype, name=name)

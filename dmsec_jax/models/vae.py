@@ -14,12 +14,15 @@ from einops import rearrange
 from dmsec_jax.core.checks import require
 from dmsec_jax.models import initial
 from dmsec_jax.models.attention import attention
-from dmsec_jax.models.layers import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from dmsec_jax.models.layers import Conv, Downsample, GroupNorm, ResnetBlock, Upsample, rematerialised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Architecture, with the field names of diffusers' `config.json`; `dtype` (compute) and `remat` are ours."""
+    """Architecture, with the field names of diffusers' `config.json`; `dtype` (compute) and `remat` are ours.
+
+    `remat="block"` recomputes each residual block in the backward pass, "none" stores activations.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -31,7 +34,7 @@ class VAEConfig:
     sample_size: int = 512
     mid_block_add_attention: bool = True
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def factor(self) -> int:
@@ -56,9 +59,10 @@ class AttentionBlock(nn.Module):
 
 
 def _resnet(cfg: VAEConfig):
-    """ResnetBlock with the config's options bound; `nn.remat` keeps the explicit names given at the call."""
-    block = nn.remat(ResnetBlock) if cfg.remat else ResnetBlock
-    return partial(block, groups=cfg.norm_num_groups, epsilon=1e-6, dtype=jnp.dtype(cfg.dtype))
+    """ResnetBlock with the config's options bound, to be named at the call."""
+    return partial(
+        rematerialised(ResnetBlock, cfg.remat), groups=cfg.norm_num_groups, epsilon=1e-6, dtype=jnp.dtype(cfg.dtype)
+    )
 
 
 class DownBlock(nn.Module):
@@ -151,7 +155,11 @@ class _Autoencoder(nn.Module):
 
 
 def init(key, cfg: VAEConfig):
-    """Random parameters, nested dict of float32; call under `jax.eval_shape` for shapes only."""
+    """Random parameters, nested dict of float32; call under `jax.eval_shape` for shapes only.
+
+    Raises:
+        ValueError: on an unknown remat policy.
+    """
     image = jax.ShapeDtypeStruct((1, 2 * cfg.factor, 2 * cfg.factor, cfg.in_channels), jnp.float32)
     return initial.init(key, _Autoencoder(cfg), image)
 
@@ -166,7 +174,7 @@ def encode(cfg: VAEConfig, params, image):
         (mean, logvar), each [B, H / factor, W / factor, latent_channels] float32; logvar is clipped to [-30, 20] as in diffusers.
 
     Raises:
-        ValueError: on another number of channels, or if H or W is not a multiple of `cfg.factor`.
+        ValueError: on another number of channels, if H or W is not a multiple of `cfg.factor`, or on an unknown remat policy.
     """
     require(
         image.ndim == 4

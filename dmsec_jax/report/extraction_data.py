@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 
 from dmsec_jax.core.checks import image_batch, require
 from dmsec_jax.core.types import AnyArray
@@ -200,18 +199,10 @@ def _require_named(what: str, images: Pictures, names: tuple[str, ...]) -> None:
 
 
 def interval_at(summary: Summary | None, threshold: float | None, *, holdouts: bool = False) -> Interval | None:
-    """A figure of a summary: the rate at a threshold, or the average score where it is None; None if there is none.
-
-    Rates come with Wilson's interval: resampled pictures would give one of no width where all or none of them match.
-    """
+    """A figure of a summary: the rate at a threshold, or the average score where it is None; None if there is none."""
     if summary is None:
         return None
     if threshold is None:
         return summary.holdout_average if holdouts else summary.average
     rates = summary.holdout_rates if holdouts else summary.rates
-    return None if rates is None else _wilson(rates[threshold])
-
-
-def _wilson(rate: Interval) -> Interval:
-    low, high = stats.binomtest(round(rate.value * rate.n), rate.n).proportion_ci(method="wilson")
-    return rate._replace(low=float(low), high=float(high))
+    return None if rates is None else rates[threshold]

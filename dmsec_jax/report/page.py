@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from dmsec_jax.core.files import write_atomically
 from dmsec_jax.core.types import AnyArray
-from dmsec_jax.data.files import write_atomically
 from dmsec_jax.data.images import from_uint8, grid, to_uint8
 
 FOLDER = Path(__file__).parent

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import math
 import platform
 import re
@@ -17,12 +16,11 @@ import numpy as np
 import dmsec_jax
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.config import from_dict
-from dmsec_jax.data.files import read_json, write_atomically
+from dmsec_jax.core.files import read_json, write_json
 from dmsec_jax.metrics.extraction import Interval
 
 SCHEMA = "dmsec-result"
 VERSION = 1
-MAX_BYTES = 64 * 2**20
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -133,18 +131,18 @@ def write(path: str | Path, result: Result) -> None:
         ValueError: if something in `config`, `details` or a row is no JSON value.
         OSError: if it cannot be written; an older file then stays as it was.
     """
-    text = json.dumps(to_json(result), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode("utf-8", "backslashreplace"))
+    write_json(path, to_json(result))
 
 
 def read(path: str | Path) -> Result:
     """Reads what `write` wrote; tuples in `config` and `details` come back as lists.
 
     Raises:
-        ValueError: if it is missing, no JSON, of another schema or version, incomplete, or holds an unknown key, a
-            value of the wrong type, NaN or infinity.
+        FileNotFoundError: if it is missing.
+        ValueError: if it is no JSON, of another schema or version, incomplete, or holds an unknown key, a value of the
+            wrong type, NaN or infinity.
     """
-    values = read_json(path, MAX_BYTES)
+    values = read_json(path)
     found = (values.pop("schema", None), values.pop("version", None))
     cure = "read it with the version of dmsec_jax that wrote it"
     require(found == (SCHEMA, VERSION), str(path), f"of schema {SCHEMA} {VERSION}", f"{found[0]} {found[1]}", cure)

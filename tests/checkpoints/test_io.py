@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 
 import hypothesis.strategies as st
 import ml_dtypes
@@ -135,7 +136,7 @@ def test_missing_file_folder_and_pipe(tmp_path):
         read_tensors(tmp_path / "none.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
     for path in (tmp_path, tmp_path / "pipe.safetensors"):
-        with pytest.raises(ValueError, match="must be a file"):
+        with pytest.raises(ValueError, match="must be a regular file"):
             read_tensors(path)
 
 
@@ -161,6 +162,17 @@ def test_overflow_of_float16_is_refused_and_leaves_nothing(tmp_path):
         write_tensors(tmp_path / "x.safetensors", tensors, dtype="float16")
     assert list(tmp_path.iterdir()) == []
     write_tensors(tmp_path / "x.safetensors", tensors, dtype="bfloat16")
+
+
+def test_disk_that_fills_up_half_way_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*free some space"):
+            write_tensors(tmp_path / "x", {"a": np.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unsupported_dtypes_are_refused(tmp_path):

@@ -44,7 +44,15 @@ def uninterrupted(flat):
     return train(flat)
 
 
-def test_stopped_by_ctrl_c_saves_and_resumes_bit_for_bit(flat, uninterrupted):
+@pytest.fixture
+def interruptible():
+    """Python's own handling of SIGINT, which a process started in the background does not have: a shell lets it ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_stopped_by_ctrl_c_saves_and_resumes_bit_for_bit(flat, uninterrupted, interruptible):
     disk = Disk()
 
     def on_chunk(done, info, state):
@@ -89,14 +97,6 @@ def test_saves_when_asked_and_at_the_end_before_reporting(flat):
     assert disk.events == numbers
 
 
-@pytest.fixture
-def interruptible():
-    """Python's own handling of SIGINT, which a process started in the background does not have: a shell lets it ignore the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_termination_request_stops_it_too_and_a_second_signal_acts_at_once(flat, interruptible):
     def twice(done, info, state):
         signal.raise_signal(signal.SIGTERM)
@@ -105,6 +105,13 @@ def test_termination_request_stops_it_too_and_a_second_signal_acts_at_once(flat,
     assert train(flat, on_chunk=lambda *_: signal.raise_signal(signal.SIGTERM)).state.step == 4
     with pytest.raises(KeyboardInterrupt):
         train(flat, on_chunk=twice)
+
+
+def test_an_ignored_signal_stays_ignored(flat, interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outcome = train(flat, on_chunk=lambda *_: signal.raise_signal(signal.SIGINT))
+    assert outcome.finished
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_non_finite_loss_stops_with_a_clear_error_and_keeps_the_good_checkpoint(flat):

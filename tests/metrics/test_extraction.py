@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy.stats import norm, sem, t
+from stats import assert_mean
 
 from dmsec_jax.metrics import extraction
 
@@ -41,10 +42,59 @@ def test_bootstrap_covers_as_often_as_it_says():
     assert 0.87 <= hits / 200 <= 0.99
 
 
+def share(count, of):
+    return np.arange(of) < count
+
+
+@pytest.mark.parametrize("count", [1, 4, 50])
+def test_rates_of_all_or_nothing_keep_a_width(count):
+    nothing, everything = (extraction.rate_interval(share(hits, count)) for hits in (0, count))
+    assert (nothing.value, nothing.low, nothing.n) == (0, 0, count)
+    assert (everything.value, everything.high, everything.n) == (1, 1, count)
+    z2 = norm.ppf(0.975) ** 2
+    assert nothing.high == pytest.approx(1 - everything.low) == pytest.approx(z2 / (count + z2))
+    apart = extraction.rate_difference_interval(share(count, count), share(0, count))
+    assert (apart.value, apart.high, apart.n) == (1, 1, 2 * count)
+    assert apart.low == pytest.approx(1 - np.sqrt(2) * nothing.high)
+    same = extraction.rate_difference_interval(share(0, count), share(0, count))
+    assert (same.value, same.low, same.high) == pytest.approx((0, -nothing.high, nothing.high))
+
+
+def test_rate_intervals_are_those_of_newcombes_tables():
+    # Statistics in Medicine 17, 1998: page 861, method 3, and page 877, method 10
+    assert extraction.rate_interval(share(81, 263))[:3] == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+    for hits, null_hits, low, high in [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+    ]:
+        found = extraction.rate_difference_interval(share(*hits), share(*null_hits))
+        assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+        back = extraction.rate_difference_interval(share(*null_hits), share(*hits))
+        assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
+
+
+def test_rate_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = []
+    for rate, null_rate in rng.uniform(size=(1500, 2)):  # for one rate alone the share is a jagged function of it
+        hits, null_hits = rng.random(20) < rate, rng.random(15) < null_rate
+        one, two = extraction.rate_interval(hits), extraction.rate_difference_interval(hits, null_hits)
+        covered.append((one.low <= rate <= one.high, two.low <= rate - null_rate <= two.high))
+    assert_mean(covered, 0.95, resolution=0.03)
+
+
+def test_rates_are_of_zeros_and_ones():
+    with pytest.raises(ValueError, match="hits must be zeros and ones, got other values; compare the scores"):
+        extraction.rate_interval([0.0, 0.5])
+    with pytest.raises(ValueError, match="not empty"):
+        extraction.rate_interval([])
+
+
 def test_seed_interval_is_students():
     values = np.array([0.4, 0.5, 0.7, 0.6])
     interval = extraction.seed_interval(values)
-    low, high = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
+    low, high = t.interval(0.95, 3, loc=values.mean(), scale=sem(values))
     assert (interval.low, interval.high) == pytest.approx((low, high))
     assert (interval.value, interval.n) == pytest.approx((0.55, 4))
 
@@ -63,7 +113,8 @@ def test_holdouts_are_the_null():
     assert found.holdout_rates[0.95].value == 0
     assert found.difference.value == pytest.approx(found.average.value - found.holdout_average.value)
     assert found.difference.low > 0
-    assert found.rate_differences[0.95].low == 1
+    assert found.rates[0.95] == extraction.rate_interval(np.ones(8))
+    assert found.rate_differences[0.95] == extraction.rate_difference_interval(np.ones(8), np.zeros(8))
 
 
 def test_holdouts_alike_give_an_interval_around_zero():

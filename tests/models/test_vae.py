@@ -64,13 +64,24 @@ def test_posterior_samples_have_its_moments():
 
 
 def test_remat_changes_no_number_and_no_name(weights, params, image):
-    recomputed = dataclasses.replace(CFG, remat=True)
+    recomputed = dataclasses.replace(CFG, remat="block")
     assert trees.flatten(weights(vae.init, recomputed)).keys() == trees.flatten(params).keys()
     loss = lambda image, cfg: jnp.sum(vae.encode(cfg, params, image)[0] ** 2)
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     stored = grad(image, CFG)
     assert np.any(stored != 0)
     np.testing.assert_allclose(grad(image, recomputed), stored, rtol=1e-4, atol=1e-5)
+
+
+def test_remat_covers_every_residual_block(params, image):
+    blocks = {path.rsplit("/", 2)[0] for path in trees.flatten(params["encoder"]) if "resnets_" in path}
+    for remat, expected in (("block", len(blocks)), ("none", 0)):
+        cfg = dataclasses.replace(CFG, remat=remat)
+        program = jax.make_jaxpr(vae.encode, static_argnums=0)(cfg, params, image)
+        names = [eqn.primitive.name for eqn in program.eqns]
+        assert sum(name in ("checkpoint", "remat2") for name in names) == expected
+    with pytest.raises(ValueError, match="remat must be 'none' or 'block', got 'full'"):
+        vae.encode(dataclasses.replace(CFG, remat="full"), params, image)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (1, 7, 8, 3), (1, 8, 9, 3), (1, 8, 8, 4)])

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dmsec_jax.metrics.extraction import Interval, Matches, Summary
+from dmsec_jax.metrics.extraction import Interval, Matches, Summary, rate_interval
 from dmsec_jax.report.extraction import Extraction, Method, Threshold
 
 TAU = 0.5
@@ -16,7 +16,7 @@ def summary_of(scores, nulls):
         return Interval(float(np.mean(values)), float(np.min(values)), float(np.max(values)), len(values))
 
     taus = (0.6, 0.7, TAU)
-    rates = lambda s: {tau: interval(np.asarray(s) >= tau) for tau in taus}
+    rates = lambda s: {tau: rate_interval(np.asarray(s) >= tau) for tau in taus}
     has = nulls is not None
     return Summary(
         interval(scores), rates(scores), interval(nulls) if has else None, rates(nulls) if has else None, None, None

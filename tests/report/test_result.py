@@ -153,5 +153,5 @@ def test_reading_is_strict(tmp_path, edit, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing there"):
+    with pytest.raises(FileNotFoundError, match=r"result\.json"):
         result.read(tmp_path / "result.json")

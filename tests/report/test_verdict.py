@@ -3,7 +3,6 @@ import pytest
 from scipy import stats
 
 from dmsec_jax.report.extraction import Threshold
-from dmsec_jax.report.extraction_data import interval_at
 from dmsec_jax.report.verdict import tally, verdict
 
 HIGH, LOW = (0.9, 0.8, 0.7, 0.6), (0.1, 0.2, 0.3, 0.1)
@@ -80,12 +79,3 @@ def test_chance_where_no_pair_matched_is_an_upper_limit():
     assert Threshold(value=0.5, false_match_rate=0.0, pairs=300).chance(1) == pytest.approx(0.01)
     assert Threshold(value=0.5, false_match_rate=0.0, pairs=0).chance(5) == 1
     assert Threshold(value=0.5, false_match_rate=0.1, pairs=50).chance(2) == pytest.approx(0.19)
-
-
-def test_rates_of_all_or_nothing_keep_a_wide_interval(made):
-    figures = made.method(scores=HIGH, nulls=LOW).clustered
-    everything, nothing = interval_at(figures, 0.5), interval_at(figures, 0.5, holdouts=True)
-    assert (everything.value, nothing.value) == (1, 0)
-    assert everything.high == pytest.approx(1)
-    assert nothing.low == pytest.approx(0)
-    assert nothing.high == pytest.approx(1 - everything.low) == pytest.approx(0.4899, abs=1e-4)  # z^2 / (n + z^2)

@@ -4,11 +4,19 @@ import resource
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 
-from dmsec_jax.checkpoints.files import MAX_JSON, atomic_file, atomic_folder, read_json, sha256, write_json
-from dmsec_jax.checkpoints.io import write_tensors
+from dmsec_jax.core.files import (
+    MAX_JSON,
+    atomic_file,
+    atomic_folder,
+    open_file,
+    read_bounded,
+    read_json,
+    sha256,
+    write_atomically,
+    write_json,
+)
 
 
 def interrupted(file):
@@ -35,30 +43,76 @@ def test_atomic_file_replaces_only_when_complete(tmp_path):
 
 
 def test_full_disk_keeps_the_old_file_and_says_what_to_do(tmp_path, monkeypatch):
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / "a"
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match=r"cannot write .*x\.safetensors: No space left.*free some space") as caught:
-        write_tensors(path, {"a": np.ones(3)})
+    with pytest.raises(
+        OSError, match=r"cannot write .*/a: No space left.*nothing was changed; free some space"
+    ) as caught:
+        write_atomically(path, b"new")
     assert caught.value.errno == errno.ENOSPC
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_disk_that_fills_up_half_way_leaves_nothing(tmp_path):
+def test_disk_that_fills_up_half_way_changes_nothing(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the kernel then refuses more, as on a full disk
     try:
-        with pytest.raises(OSError, match=r"cannot write .*free some space"):
-            write_tensors(tmp_path / "x", {"a": np.ones(100_000)})
+        with pytest.raises(OSError, match=r"cannot write .*/a: File too large.*free some space"):
+            write_atomically(path, bytes(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_on_the_way_are_made_and_long_names_fit(tmp_path):
+    path = tmp_path / "new" / "deep" / ("é" * 127)  # 254 of the 255 bytes that a name may have
+    write_atomically(path, b"x")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_in_the_way_is_named(tmp_path):
+    write_atomically(tmp_path / "a", b"")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (("a/b", r"File exists \(.*/a\)"), ("folder", "Is a directory")):
+        with pytest.raises(OSError, match=rf"cannot write .*/{name}: {reason}.*choose another name or folder"):
+            write_atomically(tmp_path / name, b"x")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "folder"]
+
+
+def test_an_error_of_the_block_keeps_its_kind_and_names_its_file(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match=r"cannot write .*/a: No such file.*absent"),
+        atomic_file(tmp_path / "a"),
+    ):
+        (tmp_path / "absent").read_bytes()
+    with pytest.raises(ValueError, match="^mine$"), atomic_folder(tmp_path / "b", "index"):
+        raise ValueError("mine")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_atomic_file_needs_a_folder(tmp_path):
-    with pytest.raises(ValueError, match="existing folder"), atomic_file(tmp_path / "none" / "a"):
-        pass
+def test_reading_is_bounded(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, 5) == b"12345"
+    with pytest.raises(ValueError, match="at most 4 bytes, got more"):
+        read_bounded(path, 4)
+
+
+def test_pipes_devices_and_folders_are_refused_and_links_followed(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match="a regular file, got a folder, pipe or device"):
+            open_file(path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="dangling"):
+        open_file(tmp_path / "dangling")
+    (tmp_path / "a").write_bytes(b"1")
+    assert read_bounded(tmp_path / "dangling", 1) == b"1"
 
 
 def test_atomic_folder_replaces_models_and_keeps_what_is_no_part_of_them(tmp_path):
@@ -107,20 +161,35 @@ def test_atomic_folder_that_fails_leaves_the_old_one(tmp_path, monkeypatch, fail
 
 def test_json_round_trip_and_refusals(tmp_path):
     path = tmp_path / "a.json"
-    write_json(path, {"b": [1, None], "a": "é"})
-    assert read_json(path) == {"b": [1, None], "a": "é"}
+    values = {"b": [1, None], "a": "é", "\udcff.png": 0}
+    write_json(path, values)
+    assert read_json(path) == values
+    assert list(read_json(path)) == list(values)
+    assert '"é"' in path.read_text()
+    write_json(path, values, sort_keys=True)
+    assert list(read_json(path)) == sorted(values)
     for text, message in [
-        (b"[1]", "a JSON object, got list"),
+        (b"[1]", "one JSON object, got list"),
         (b"{", "valid JSON"),
         (b"[" * 100_000, "valid JSON"),
-        (b"\xff", "valid JSON"),
-        (b" " * (MAX_JSON + 1), "at most 16777216 bytes"),
+        (b"\xff", "valid JSON in UTF-8"),
+        (b" " * (MAX_JSON + 1), "at most 16,777,216 bytes"),
     ]:
         path.write_bytes(text)
         with pytest.raises(ValueError, match=message):
             read_json(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
         read_json(tmp_path / "none.json")
+
+
+def test_what_is_no_json_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    for value, error in ((float("nan"), ValueError), (1j, TypeError)):
+        with pytest.raises(error, match="JSON"):
+            write_json(path, {"a": value})
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_sha256_of_file_and_folder(tmp_path):

@@ -1,0 +1,154 @@
+"""`python -m benchmarks.figures`: the table and the plot of the README, made from the result files and from nothing else.
+
+For every set, tuner and number of pictures the newest result file counts.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from benchmarks.harness import RESULTS
+from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import write_atomically
+
+README = Path(__file__).parents[1] / "README.md"
+PLOT = RESULTS / "extraction" / "extraction.svg"
+BEGIN, END = "<!-- extraction: begin, written by python -m benchmarks.figures -->", "<!-- extraction: end -->"
+METHODS = {
+    "finextract": ("FineXtract", "#c0392b", "o"),
+    "cfg": ("guidance", "#2c6fbb", "s"),
+    "lora-scale": ("extrapolation", "#7d8a2e", "^"),
+    "plain": ("plain", "#777777", "D"),
+    "carlini": ("plain, large cliques", "#b07aa1", "v"),
+}
+
+
+class Study(NamedTuple):
+    """Rows of one set, tuner and number of pictures."""
+
+    name: str
+    tuner: str
+    n0: int
+    rows: list[dict]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.n0} pictures, {'full' if self.tuner == 'full' else 'LoRA'}"
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({row["case"]["steps"] for row in self.rows})
+
+    def find(self, metric: str, method: str, steps: int, stage: str, pictures: str = "training", **more) -> dict | None:
+        """The one row of these names, or None."""
+        case = {"steps": steps, "stage": stage, "pictures": pictures, **more}
+        for row in self.rows:
+            if (row["metric"], row["method"]) == (metric, method) and case.items() <= row["case"].items():
+                return row
+        return None
+
+
+def main() -> None:
+    """Writes the plot and puts the table into the README."""
+    studies = read(RESULTS / "extraction")
+    require(len(studies) > 0, "results", "at least one file of benchmarks.extraction", "none", "run it first")
+    plot(studies, PLOT)
+    text = README.read_text()
+    require(
+        BEGIN in text and END in text, str(README), "with both marks of the table", "without", f"add {BEGIN} and {END}"
+    )
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    image = f"![AS over fine-tuning steps]({PLOT.relative_to(README.parent)})"
+    write_atomically(README, f"{before}{BEGIN}\n{image}\n\n{table(studies)}\n{END}{after}".encode())
+
+
+def read(folder: Path) -> list[Study]:
+    """The newest study of each set, tuner and number of pictures, OpenMoji first, full before LoRA."""
+    newest = {}
+    for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name):
+        rows = json.loads(path.read_text())["rows"]
+        if not any(row["metric"] == "AS difference" for row in rows):
+            continue  # of an earlier form
+        key = lambda row: (row["case"]["set"], row["case"]["tuner"], row["case"]["n0"])
+        for names, members in itertools.groupby(sorted(rows, key=key), key):
+            newest[names] = Study(*names, list(members))
+    return sorted(newest.values(), key=lambda study: (study.name != "openmoji", study.name, study.tuner, -study.n0))
+
+
+def plot(studies: list[Study], path: Path) -> None:
+    """AS of training pictures over steps, before (above) and after clustering (below), one column per study."""
+    figure = Figure(figsize=(3.1 * len(studies), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(studies), squeeze=False, sharey="row")
+    for column, study in enumerate(studies):
+        for row, (stage, label) in enumerate((("all", "all samples"), ("clustered", "after clustering"))):
+            panel = axes[row, column]
+            for shift, (method, (name, colour, mark)) in enumerate(METHODS.items()):
+                if method == "carlini" and stage == "all":
+                    continue  # the same samples as plain
+                for pictures, line in (("training", "-"), ("holdout", ":")):
+                    found = [study.find("AS", method, steps, stage, pictures) for steps in study.steps]
+                    points = [
+                        (s * 1.015 ** (shift - 2), r)
+                        for s, r in zip(study.steps, found, strict=True)
+                        if r and r["value"] is not None
+                    ]
+                    if not points:
+                        continue
+                    x, y = [s for s, _ in points], [r["value"] for _, r in points]
+                    if pictures == "holdout":
+                        panel.plot(x, y, line, color=colour, linewidth=0.9)
+                        continue
+                    error = [[r["value"] - r["low"] for _, r in points], [r["high"] - r["value"] for _, r in points]]
+                    panel.errorbar(
+                        x, y, error, fmt=line, marker=mark, ms=4, lw=1.3, color=colour, label=name, capsize=2
+                    )
+            panel.set_xscale("log")
+            panel.set_xticks(study.steps, [str(steps) for steps in study.steps])
+            panel.minorticks_off()
+            panel.grid(axis="y", linewidth=0.3)
+            if row == 0:
+                panel.set_title(study.title, fontsize=9)
+            if column == 0:
+                panel.set_ylabel(f"AS, {label}")
+            if row == 1:
+                panel.set_xlabel("fine-tuning steps (batch 4)")
+    axes[1, 0].legend(fontsize=7, frameon=False)
+    figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+
+
+def table(studies: list[Study]) -> str:
+    """Markdown: AS after clustering, and FineXtract's lead before and after."""
+    head = ["set", "N0", "tuner", "steps", "FineXtract", "guidance", "plain", "hold-outs"]
+    head += ["lead over guidance", "over plain", "lead before clustering, over guidance", "over plain"]
+    lines = [head, ["---"] * len(head)]
+    for study in studies:
+        for steps in study.steps:
+            clustered = [_figure(study.find("AS", name, steps, "clustered")) for name in ("finextract", "cfg", "plain")]
+            null = _figure(study.find("AS", "finextract", steps, "clustered", "holdout"), brief=True)
+            leads = [
+                _figure(study.find("AS difference", "finextract", steps, stage, against=other), signed=True)
+                for stage in ("clustered", "all")
+                for other in ("cfg", "plain")
+            ]
+            names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
+            lines.append([*names, *clustered, null, *leads])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(row: dict | None, *, brief: bool = False, signed: bool = False) -> str:
+    """Value and interval; bold where the interval of a difference leaves zero out."""
+    if row is None or row["value"] is None:
+        return "-"
+    if brief:
+        return f"{row['value']:.2f}"
+    sign = "+" if signed else ""
+    text = f"{row['value']:{sign}.2f} [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
+    return f"**{text}**" if signed and (row["low"] > 0 or row["high"] < 0) else text
+
+
+if __name__ == "__main__":
+    main()
