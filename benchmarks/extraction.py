@@ -184,9 +184,9 @@ def _tuned_weights(cfg: Config, training: _Training, steps: int) -> dict:
 def _extract(cfg: Config, training: _Training, steps: int, methods: tuple[str, ...], weights: dict[str, float]):
     """What `dmsec extract` finds in one model."""
 
-    def draw(name: str, subject: Subject, evaluations: int, label: str) -> audit.Generated:
+    def draw(name: str, subject: Subject, evaluations: int, label: str) -> tuple[audit.Generated, ...]:
         at = 0 if label == "base model" else steps
-        return training.draw(at, name, weights.get(name), evaluations)
+        return (training.draw(at, name, weights.get(name), evaluations),)
 
     return extract.extract(
         Subject(training.base, {}, training.prompt),  # `draw` knows the fine-tuned parameters

@@ -5,18 +5,24 @@ twice as many pictures as those that need two.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from dmsec_jax import pipeline
+from dmsec_jax.checkpoints import torch_archive
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import sha256
 from dmsec_jax.core.types import Params
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.methods import finextract
-from dmsec_jax.metrics import clusters, extraction, similarity
+from dmsec_jax.metrics import cliques, clusters, extraction, similarity
+from dmsec_jax.models import sscd
 from dmsec_jax.pipeline import Pipeline
 from dmsec_jax.report import extraction_data as report
 
@@ -44,6 +50,9 @@ METHODS = {
     "plain": Method("plain sampling", "the fine-tuned model with the prompt, nothing else", 1, 1.0),
     "carlini": Method("plain sampling, large cliques", "as plain sampling; only groups of five or more look-alikes count", 1, 1.0),
 }  # fmt: skip
+SAMPLERS = {"ddim": finextract.clean_ddim, "public": finextract.public_ddim}
+PARTITIONS = {"cliques": cliques.partition, "agglomerative": clusters.agglomerate}
+CLUSTERINGS = (*PARTITIONS, "public")
 CLIQUE_SIZE = 5
 SHOWN = 40
 
@@ -66,42 +75,79 @@ class Generated(NamedTuple):
 
 
 def generate(
-    key,
-    subject: Subject,
-    name: str,
-    *,
-    evaluations: int,
-    num_steps: int = 25,
-    w: float | None = None,
-    k: float | None = None,
-    batch_size: int = 50,
-    progress: Callable[[int, int], None] | None = None,
+    key, subject: Subject, name: str, *, evaluations: int, w: float | None = None, k: float | None = None, **options
 ) -> Generated:
     """Draws as many pictures as `evaluations` network evaluations per step allow, by the method `name` of `METHODS`.
 
+    Args:
+        w, k: guidance; default: the method's own.
+        options: as `sweep` takes them.
+
     Raises:
-        ValueError: on an unknown method, or where no picture is finite (names the guidance).
+        ValueError: on an unknown method or sampler, or where no picture is finite (names the guidance).
     """
-    require(name in METHODS, "method", f"one of {', '.join(METHODS)}", repr(name), "choose one of them")
-    method = METHODS[name]
-    weight = method.w if w is None else w
-    pair_fn, params, guide_fn = _networks(subject, name, weight)
+    method = method_of(name)
+    pair = (method.w if w is None else w, method.k if k is None else k)
+    return sweep(key, subject, name, [pair], evaluations=evaluations, **options)[0]
+
+
+def sweep(
+    key,
+    subject: Subject,
+    name: str,
+    pairs: Sequence[tuple[float, float]],
+    *,
+    evaluations: int,
+    num_steps: int = 25,
+    sampler: str = "ddim",
+    batch_size: int = 50,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Generated, ...]:
+    """As `generate`, once for each guidance (w, k) of `pairs`, all from the same noise and in common batches.
+
+    Args:
+        sampler: of `SAMPLERS`.
+        batch_size: pictures sampled at once, whatever pair they belong to.
+
+    Raises:
+        ValueError: on an unknown method or sampler, where no picture of any pair is finite, and on several pairs for `lora-scale`.
+    """
+    method = method_of(name)
+    alone = len(pairs) == 1 or name != "lora-scale"  # there the weight is part of the network
+    require(alone, "pairs", "one at a time for lora-scale", len(pairs), "call it once for each")
+    pair_fn, params, guide_fn = _networks(subject, name, pairs[0][0])
     count = evaluations // method.evaluations
-    decode = lambda latents: pipeline.decode(subject.base, latents, batch_size)
-    drawn = finextract.extract(
+    w, k = jnp.asarray(pairs, jnp.float32).T
+    drawn = finextract.sweep(
         key,
         params,
-        finextract.Config(w=weight, k=method.k if k is None else k, num_steps=num_steps),
+        finextract.Config(w=w, k=k, num_steps=num_steps),
         count=count,
         shape=subject.base.latent_shape,
         batch_size=batch_size,
         pair_fn=pair_fn,
         schedule=subject.base.schedule,
+        sampler_fn=sampler_of(sampler),
         guide_fn=guide_fn,
-        finish_fn=decode,
+        finish_fn=lambda latents: pipeline.decode(subject.base, latents, batch_size),
         progress=progress,
     )
-    return Generated(drawn.images[drawn.finite], count, int((~drawn.finite).sum()))
+    return tuple(
+        Generated(images[finite], count, int((~finite).sum()))
+        for images, finite in zip(drawn.images, drawn.finite, strict=True)
+    )
+
+
+def method_of(name: str) -> Method:
+    """The method of this name; raises ValueError on an unknown one."""
+    require(name in METHODS, "method", f"one of {', '.join(METHODS)}", repr(name), "choose one of them")
+    return METHODS[name]
+
+
+def sampler_of(name: str) -> finextract.SamplerFn:
+    """The sampler of this name; raises ValueError on an unknown one."""
+    require(name in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", repr(name), "choose one of them")
+    return SAMPLERS[name]
 
 
 def base_pictures(key, subject: Subject, count: int, *, num_steps: int = 25, batch_size: int = 50) -> np.ndarray:
@@ -134,19 +180,73 @@ def _networks(subject: Subject, name: str, weight: float):
     return _alone(eps_fn), params, finextract.plain
 
 
-def extracted_set(name: str, features: np.ndarray, count: int | None, same: float) -> tuple[clusters.Cluster, ...]:
+def extracted_set(
+    name: str, features: np.ndarray, count: int | None, same: float, *, clustering: str = "cliques", seed: int = 0
+) -> tuple[clusters.Cluster, ...]:
     """Clusters of a method's pictures, best first: at most `count`, or every stable one where the number is unknown.
 
     Args:
         same: similarity from which two pictures count as the same one; no large clique below it counts.
+        clustering: of `CLUSTERINGS`; "public" may give more than `count`, or none. Large cliques (`carlini`) are always cliques.
+        seed: of the public clustering's start.
+
+    Raises:
+        ValueError: on an unknown clustering, and on the public one without `count`.
     """
+    require_clustering(clustering, number_known=count is not None)
     if name == "carlini":
         matrix = clusters.similarity_matrix(features)
         found = clusters.sweep_down(matrix, count or len(features), min_size=CLIQUE_SIZE, floor=max(same, 0.01))
         return clusters.rank(found.groups, matrix, features)[:count]
+    if clustering == "public":
+        return finextract.extracted_set_public(seed, features, count)
     if count is None:
-        return finextract.extracted_set_unknown(features)
-    return finextract.extracted_set(features, count)
+        return finextract.extracted_set_unknown(features, partition_fn=PARTITIONS[clustering])
+    return finextract.extracted_set(features, count, partition_fn=PARTITIONS[clustering])
+
+
+def require_clustering(clustering: str, *, number_known: bool) -> None:
+    """Raises ValueError unless it is one of `CLUSTERINGS`, and the number of training pictures is known where it is needed."""
+    known = ", ".join(CLUSTERINGS)
+    require(clustering in CLUSTERINGS, "clustering", f"one of {known}", repr(clustering), "choose one of them")
+    possible = number_known or clustering != "public"
+    cure = "give the number or choose cliques"
+    require(possible, "clustering", "told the number of training pictures to be public", "no number", cure)
+
+
+class Features(NamedTuple):
+    """What decides whether two pictures are the same one."""
+
+    label: str
+    """For the report: what a similarity is the similarity of."""
+    embed: Embed
+    inputs: dict[str, str]
+    """Label -> SHA-256 of the files it was made from."""
+
+
+@functools.cache  # one reading and one compilation, however often it is asked for
+def features_of(name: str = "hog", sscd_file: Path | None = None, preprocessing: str = "sscd-288-imagenet") -> Features:
+    """Oriented gradients ("hog"), or the network in the user's own file ("sscd") with a preprocessing of `sscd.PREPROCESSINGS`.
+
+    Raises:
+        ValueError: on unknown names, sscd without a file, a file without sscd, or a file that holds another network.
+        OSError: if it cannot be opened.
+    """
+    require(name in ("hog", "sscd"), "features", "one of hog, sscd", repr(name), "choose one of them")
+    if name == "hog":
+        require(sscd_file is None, "sscd_file", "given only for the features sscd", sscd_file, "set features to sscd")
+        return Features(similarity.HOG, similarity.embed, {})
+    cure = "name the TorchScript file of its weights, for example sscd_disc_mixup.torchscript.pt"
+    require(sscd_file is not None, "sscd_file", "given for the features sscd", sscd_file, cure)
+    known = sscd.PREPROCESSINGS
+    right = preprocessing in known
+    require(right, "preprocessing", f"one of {', '.join(known)}", repr(preprocessing), "choose one of them")
+    tensors = torch_archive.read(sscd_file)
+    cfg, params = sscd.convert({key: value for key, value in tensors.items() if not key.startswith("constants.")})
+    embed_fn = functools.partial(sscd.embed, cfg, preprocessing=preprocessing)
+    embed_fn = Partial(embed_fn, jax.tree.map(jnp.asarray, params))
+    label = f"SSCD ({sscd_file.name}, {preprocessing}), centred on the style"
+    return Features(label, functools.partial(similarity.embed, embed_fn=embed_fn), {"SSCD": sha256(sscd_file)})
 
 
 class Judge(NamedTuple):
@@ -171,15 +271,19 @@ FEW = 8
 
 
 def calibrated(
-    pictures: ImageSet, holdout: ImageSet | None, base_pictures: np.ndarray, false_match_rate: float
+    pictures: ImageSet,
+    holdout: ImageSet | None,
+    base_pictures: np.ndarray,
+    false_match_rate: float,
+    embed: Embed = similarity.embed,
 ) -> Judge:
     """Features centred on the style, and the threshold that pairs of different pictures set.
 
     Training pictures and hold-outs enter mean and threshold alike, so that neither has an advantage. Files that occur twice count once.
     """
-    members = similarity.embed(pictures.images)
-    holdouts = None if holdout is None else similarity.embed(holdout.images)
-    base = similarity.embed(base_pictures)
+    members = embed(pictures.images)
+    holdouts = None if holdout is None else embed(holdout.images)
+    base = embed(base_pictures)
     digests = [*pictures.sha256, *(() if holdout is None else holdout.sha256)]
     known = members if holdouts is None else np.concatenate([members, holdouts])
     known = known[np.unique(digests, return_index=True)[1]]
@@ -192,7 +296,7 @@ def calibrated(
         "pairs of one of these pictures and one by the base model" if few else "pairs of different pictures of the set"
     )
     return Judge(
-        embed=lambda images: centre(similarity.embed(images)),
+        embed=lambda images: centre(embed(images)),
         threshold=report.Threshold(value=found.value, false_match_rate=found.rate, pairs=found.pairs, source=source),
         members=centre(members),
         holdouts=None if holdouts is None else centre(holdouts),
@@ -200,15 +304,20 @@ def calibrated(
     )
 
 
-def judge(name: str, drawn: Generated, by: Judge, *, count: int | None, seed: int = 0) -> report.Method:
+def judge(
+    name: str, drawn: Generated, by: Judge, *, count: int | None, seed: int = 0, clustering: str = "cliques"
+) -> report.Method:
     """Clusters a method's pictures and scores them: AS and A-ESR of training pictures and of hold-outs, the null.
 
     Args:
+        drawn: perhaps none that is finite.
         count: how many training pictures there were, None if unknown.
+        clustering: as `extracted_set` takes it.
     """
     method = METHODS[name]
-    features = by.embed(drawn.images)
-    found = extracted_set(name, features, count, by.threshold.value)
+    some = len(drawn.images) > 0
+    features = by.embed(drawn.images) if some else np.zeros((0, by.members.shape[1]))
+    found = extracted_set(name, features, count, by.threshold.value, clustering=clustering, seed=seed) if some else ()
     medoids = features[[cluster.medoid for cluster in found]]
     thresholds = (by.threshold.value, *report.PAPER_THRESHOLDS)
     summary = lambda rows: extraction.summarise(seed, by.members, rows, thresholds, holdouts=by.holdouts)
@@ -226,6 +335,6 @@ def judge(name: str, drawn: Generated, by: Judge, *, count: int | None, seed: in
         matches=extraction.best_matches(by.members, medoids) if found else None,
         holdout_matches=extraction.best_matches(by.holdouts, medoids) if found and by.holdouts is not None else None,
         clustered=summary(medoids) if found else None,
-        everything=summary(features),
+        everything=summary(features) if some else None,
         samples=drawn.images[:SHOWN],
     )

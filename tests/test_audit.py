@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from dmsec_jax import audit
+from dmsec_jax.core import trees
 from dmsec_jax.data.images import ImageSet
+from dmsec_jax.metrics import similarity
+from dmsec_jax.models import sscd
 
 
 def image_set(pictures, prefix):
@@ -44,9 +47,53 @@ def test_guidance_that_explodes_is_an_error(subject):
         audit.generate(jax.random.key(0), subject, "finextract", evaluations=2, num_steps=2, w=1e38)
 
 
-def test_unknown_method_is_named(subject):
+def test_unknown_names_are_errors(subject):
     with pytest.raises(ValueError, match="method must be one of finextract"):
         audit.generate(jax.random.key(0), subject, "magic", evaluations=2)
+    with pytest.raises(ValueError, match="sampler must be one of ddim, public, got 'euler'"):
+        audit.generate(jax.random.key(0), subject, "plain", evaluations=2, sampler="euler")
+    with pytest.raises(ValueError, match="clustering must be one of cliques, agglomerative, public, got 'k-means'"):
+        audit.extracted_set("plain", np.eye(3), 2, 0.5, clustering="k-means")
+
+
+def test_a_sweep_is_its_guidances_one_by_one(subject):
+    options = {"evaluations": 4, "num_steps": 2, "batch_size": 4}
+    pairs = [(1.5, 0.0), (2.0, -0.02), (1e38, 0.0)]
+    swept = audit.sweep(jax.random.key(0), subject, "finextract", pairs, **options)
+    for (w, k), found in zip(pairs[:2], swept, strict=False):
+        alone = audit.generate(jax.random.key(0), subject, "finextract", w=w, k=k, **options)
+        np.testing.assert_allclose(found.images, alone.images, atol=1e-4)
+    assert (swept[2].drawn, swept[2].broken, len(swept[2].images)) == (2, 2, 0)
+    with pytest.raises(ValueError, match="pairs must be one at a time for lora-scale"):
+        audit.sweep(jax.random.key(0), subject, "lora-scale", pairs, **options)
+
+
+def test_samplers_differ_and_start_from_the_same_noise(subject):
+    options = {"evaluations": 4, "num_steps": 2, "batch_size": 4}
+    clean, public = (
+        audit.generate(jax.random.key(0), subject, "plain", sampler=name, **options).images for name in audit.SAMPLERS
+    )
+    assert 1e-3 < np.abs(clean - public).mean() < 0.5 * np.abs(clean - clean[::-1]).mean()
+
+
+@pytest.mark.parametrize("clustering", audit.CLUSTERINGS)
+def test_every_clustering_finds_the_groups(clustering):
+    rows = np.concatenate([np.eye(5), np.ones((5, 1))], axis=1) / np.sqrt(2)  # copies: 1, others: 0.5
+    features = np.repeat(rows, [5, 4, 3, 1, 1], axis=0)
+    sizes = lambda count: [c.size for c in audit.extracted_set("plain", features, count, 0.9, clustering=clustering)]
+    assert sizes(3) == ([5, 4, 3, 1, 1] if clustering == "public" else [5, 4, 3])
+    if clustering == "public":
+        with pytest.raises(ValueError, match="told the number of training pictures to be public"):
+            sizes(None)
+    else:
+        assert sizes(None) == [5, 4, 3]
+
+
+def test_nothing_finite_is_judged_as_nothing():
+    judge = audit.calibrated(image_set(noise(10, 0), "m"), image_set(noise(10, 1), "h"), noise(20, 3), 0.01)
+    found = audit.judge("finextract", audit.Generated(noise(0, 0), 5, 5), judge, count=10)
+    assert (found.generated, found.finite, len(found.extracted)) == (5, 0, 0)
+    assert found.matches is found.holdout_matches is found.clustered is found.everything is None
 
 
 def test_planted_copies_are_found_and_hold_outs_are_not():
@@ -75,3 +122,55 @@ def test_one_picture_leans_on_the_base_model():
     judge = audit.calibrated(image_set(noise(1, 0), "m"), None, noise(20, 3), 0.01)
     assert judge.threshold.pairs == 20
     assert "base model" in judge.threshold.source
+
+
+TINY_SSCD = sscd.Config(blocks=(1, 1, 1, 1), width=4, groups=2, group_width=32, dims=6)
+
+
+def sscd_state(cfg):
+    """Random tensors in PyTorch's names and layout; all ones make a batch norm that changes nothing."""
+    rng, state = np.random.default_rng(0), {}
+    for path, leaf in trees.flatten(jax.eval_shape(lambda: sscd.init(jax.random.key(0), cfg))).items():
+        if path.endswith("kernel"):
+            weight, *others = sscd._keys(path.removesuffix("/kernel"))
+            *_, inputs, outputs = leaf.shape
+            scale = (2 / np.prod(leaf.shape[:-1])) ** 0.5
+            state[weight] = scale * rng.standard_normal((outputs, inputs, *leaf.shape[:-2]))
+            state |= {name: np.ones(outputs) for name in others}
+    return state
+
+
+@pytest.fixture
+def sscd_file(monkeypatch, tmp_path):
+    """Stands for a TorchScript file, whose reading and whose numbers have tests of their own."""
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"weights")
+    state = sscd_state(TINY_SSCD) | {"constants.0": np.zeros(2)}
+    monkeypatch.setattr(audit.torch_archive, "read", lambda file: state)
+    return path
+
+
+def test_sscd_compiles_once_and_finds_copies(sscd_file):
+    features = audit.features_of("sscd", sscd_file, "dcr-256-224-half")
+    assert features.label == "SSCD (net.pt, dcr-256-224-half), centred on the style"
+    assert features.inputs.keys() == {"SSCD"}
+    members, compiled = noise(3, 0), similarity._apply._cache_size()
+    judge = audit.calibrated(image_set(members, "m"), image_set(noise(20, 1), "h"), noise(2, 3), 0.01, features.embed)
+    found = audit.judge("plain", audit.Generated(np.repeat(members, 2, axis=0), 6, 0), judge, count=3)
+    assert similarity._apply._cache_size() == compiled + 1
+    assert found.matches.score.min() > 0.999 > found.holdout_matches.score.max()
+    embed = jax.jit(sscd.embed, static_argnums=0, static_argnames="preprocessing")
+    expected = embed(*sscd.convert(sscd_state(TINY_SSCD)), members[:1], preprocessing="dcr-256-224-half")
+    np.testing.assert_allclose(features.embed(members)[:1], expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(expected), 1, rtol=1e-5)
+
+
+def test_features_say_what_is_missing(tmp_path, sscd_file):
+    with pytest.raises(ValueError, match="features must be one of hog, sscd, got 'clip'"):
+        audit.features_of("clip")
+    with pytest.raises(ValueError, match="sscd_file must be given for the features sscd, got None; name the Torch"):
+        audit.features_of("sscd")
+    with pytest.raises(ValueError, match="sscd_file must be given only for the features sscd"):
+        audit.features_of("hog", sscd_file)
+    with pytest.raises(ValueError, match="preprocessing must be one of sscd-288-imagenet, dcr-256-224-half, got 'raw'"):
+        audit.features_of("sscd", sscd_file, "raw")

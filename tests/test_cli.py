@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dmsec_jax import cli
+from dmsec_jax.commands import finetune
 from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
@@ -14,9 +15,13 @@ STEPS = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2"]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    """Four training pictures: every test has as many, so that all share what is compiled."""
+    return folder_of(tmp_path_factory.mktemp("pictures"), 4)
+
+
+def folder_of(folder, count):
     rng = np.random.default_rng(0)
-    for i in range(5):
+    for i in range(count):
         save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
     return folder
 
@@ -51,14 +56,107 @@ def test_finetune_then_extract(tiny_folder, pictures, tmp_path, capsys):
     assert "<html" in (tmp_path / "audit" / "report.html").read_text()
 
 
-def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, pictures, tmp_path):
-    model = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--number", "3"]
+def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory, tmp_path):
+    pictures = folder_of(tmp_path_factory.mktemp("more"), 6)
+    model = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--number", "4"]
     assert cli.main(["demo", *model, "--out", str(tmp_path), *STEPS, *SMALL]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     holdouts = [row for row in result["rows"] if row["case"]["pictures"] == "holdout"]
-    assert holdouts
-    assert all(row["case"]["n0"] == 3 for row in result["rows"])
+    assert {row["n"] for row in holdouts if row["value"] is not None} == {2}
+    assert all(row["case"]["n0"] == 4 for row in result["rows"])
     assert (tmp_path / "model" / "model_index.json").is_file()
+
+
+def test_finetune_with_generated_class_pictures(tiny_folder, pictures, tmp_path, monkeypatch):
+    seen, tune = [], finetune.tune
+
+    def spied(*args, prior, **options):
+        seen.append(prior)
+        return tune(*args, prior=prior, **options)
+
+    monkeypatch.setattr(finetune, "tune", spied)
+    common = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--sample-every", "0"]
+    prior = ["--prior-prompt", "a dog", "--prior-count", "4"]
+    last = "patterns=[conv_out]"  # training one layer compiles fast
+    assert cli.main(["finetune", *common, *prior, "--out", str(tmp_path), *STEPS, last]) == 0
+    ((drawn, prompts),) = seen
+    assert drawn.shape == (4, 16, 16, 3)
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.01
+    assert prompts == ["a dog"] * 4
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["config"]["prior_prompt"] == "a dog"
+    assert np.isfinite(result["rows"][0]["value"])
+    assert (tmp_path / "model" / "model_index.json").is_file()
+
+
+def audited(tiny_folder, pictures, out, *options):
+    """Extraction of the model from itself: whatever it finds, the choices made must arrive."""
+    models = ["--base", str(tiny_folder), "--model", str(tiny_folder)]
+    common = ["--images", str(pictures), "--prompt", "a red dog", "--out", str(out)]
+    status = cli.main(["extract", *models, *common, *SMALL, *options])
+    return json.loads((out / "result.json").read_text()) if status == 0 else None
+
+
+def test_a_sweep_reports_every_guidance(tiny_folder, pictures, tmp_path):
+    methods = ["--settings.methods", "finextract", "plain"]
+    sweep = ["--settings.w", "1.5", "2", "--settings.k", "0", "-0.02"]
+    found = audited(tiny_folder, pictures, tmp_path / "sweep", *methods, *sweep)
+    assert found["method"] == "finextract-w1p5-k0"
+    labels = {name: method["label"] for name, method in found["details"]["methods"].items()}
+    assert labels == {
+        "finextract-w1p5-k0": "FineXtract, w = 1.5, k = 0",
+        "finextract-w1p5-km0p02": "FineXtract, w = 1.5, k = -0.02",
+        "finextract-w2-k0": "FineXtract, w = 2, k = 0",
+        "finextract-w2-km0p02": "FineXtract, w = 2, k = -0.02",
+        "plain": "plain sampling",
+    }
+    (note,) = found["notes"]
+    assert "tried at 4 guidances; the verdict rests on FineXtract, w = 1.5, k = 0 alone" in note
+    assert "choose the weight on pictures that the verdict does not use" in note
+    alone = audited(tiny_folder, pictures, tmp_path / "alone", *methods, "--settings.w", "2", "--settings.k", "-0.02")
+    assert list(alone["details"]["methods"]) == ["finextract", "plain"]
+    assert alone["notes"] == []
+    scores = lambda result, name: [row["score"] for row in result["details"]["methods"][name]["training"]]
+    np.testing.assert_allclose(scores(alone, "finextract"), scores(found, "finextract-w2-km0p02"), atol=1e-4)
+
+
+def test_samplers_and_clusterings_are_chosen(tiny_folder, pictures, tmp_path):
+    options = ["--settings.methods", "plain", "--settings.clustering"]
+    drawn = [*options, "agglomerative", "--number", "0"]
+    public = [*options, "public", "--settings.sampler", "public"]
+    clean = audited(tiny_folder, pictures, tmp_path / "clean", *drawn)
+    other = audited(tiny_folder, pictures, tmp_path / "public", *public)
+    sheets = [(tmp_path / name / "pictures" / "plain-samples.png").read_bytes() for name in ("clean", "public")]
+    assert sheets[0] != sheets[1]
+    assert clean["notes"] == []
+    assert "Every clique counts" in other["notes"][0]
+    assert len(other["details"]["methods"]["plain"]["sizes"]) >= 4
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--settings.methods", "magic"], "method must be one of finextract"),
+    (["--settings.methods", "plain", "plain"], "methods, w and k must be different ones, got plain, plain"),
+    (["--settings.w", "2", "2.0"], "methods, w and k must be different ones, got finextract-w2-k0, finextract-w2-k0"),
+    (["--settings.w"], "methods, w and k must be at least one of each, got none"),
+    (["--settings.sampler", "euler"], "sampler must be one of ddim, public, got 'euler'"),
+    (["--settings.clustering", "k-means"], "clustering must be one of cliques, agglomerative, public, got 'k-means'"),
+    (["--settings.features", "clip"], "features must be one of hog, sscd, got 'clip'"),
+    (["--settings.features", "sscd"], "sscd_file must be given for the features sscd"),
+    (["--settings.sscd-file", "net.pt"], "sscd_file must be given only for the features sscd, got net.pt"),
+    (["--settings.features", "sscd", "--settings.sscd-file", "/dev/null"], "/dev/null must be"),
+    (["--settings.features", "sscd", "--settings.sscd-file", "absent.pt"], "absent.pt"),
+])  # fmt: skip
+@pytest.mark.parametrize("verb", ["extract", "demo"])
+def test_settings_are_refused_before_anything_is_done(verb, options, message, capsys):
+    needed = ["--model", "nowhere", "--images", "nowhere", "--prompt", "a red dog"]
+    assert cli.main([verb, *needed, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_public_clustering_needs_the_number_of_pictures(capsys):
+    needed = ["--model", "nowhere", "--images", "nowhere", "--prompt", "a red dog"]
+    assert cli.main(["extract", *needed, "--number", "0", "--settings.clustering", "public"]) == 1
+    assert "must be told the number of training pictures to be public, got no number" in capsys.readouterr().err
 
 
 def test_extracting_from_another_architecture_is_refused(tiny_folder, pictures, tmp_path, capsys):

@@ -48,6 +48,7 @@ def run(cfg: Config) -> int:
     """Writes `out/model`, `out/result.json`, `out/report.html` and pictures; prints a one-screen summary."""
     console = Console()
     began = time.monotonic()
+    extract.check(cfg.settings)
     chosen = finetune.read_recipe(cfg.recipe, cfg.set)
     base = pipeline.load(cfg.model)
     pictures, holdout = _pictures(cfg, base.pixels)

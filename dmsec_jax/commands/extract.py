@@ -1,6 +1,7 @@
 """`dmsec extract`: which training pictures does a fine-tuned model give away?"""
 
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -16,14 +17,13 @@ from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
-from dmsec_jax.metrics import similarity
 from dmsec_jax.report import extraction as report
 from dmsec_jax.report import page
-from dmsec_jax.report.extraction_data import Extraction
+from dmsec_jax.report.extraction_data import Extraction, Method
 from dmsec_jax.report.training_data import Course
 
-DrawFn = Callable[[str, Subject, int, str], audit.Generated]
-"""(method, subject, evaluations, label) -> pictures."""
+DrawFn = Callable[[str, Subject, int, str], tuple[audit.Generated, ...]]
+"""(method, subject, evaluations, label) -> pictures at each of the method's `guidances`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +35,27 @@ class Settings:
     evaluations: int = 200
     """Network evaluations per denoising step and method: FineXtract draws half as many pictures, plain sampling as many."""
     num_steps: int = 25
-    """Denoising steps (DDIM)."""
-    w: float = audit.METHODS["finextract"].w
-    """Guidance weight of FineXtract."""
-    k: float = 0.0
-    """Its correction of the text condition."""
+    """Denoising steps."""
+    sampler: str = "ddim"
+    """Of all methods: ddim, or public, the uneven steps of FineXtract's public code."""
+    w: tuple[float, ...] = (audit.METHODS["finextract"].w,)
+    """Guidance weight of FineXtract; several are compared, each as a method of its own."""
+    k: tuple[float, ...] = (audit.METHODS["finextract"].k,)
+    """Its correction of the text condition; several are tried with every weight. The first pair is the one in question."""
     cfg_weight: float = audit.METHODS["cfg"].w
     """Weight of classifier-free guidance, the baseline."""
     scale: float = audit.METHODS["lora-scale"].w
     """Scale of the weight extrapolation, the baseline."""
     batch_size: int = 50
     """Pictures sampled at once; does not change the result."""
+    features: str = "hog"
+    """What decides that two pictures are the same: hog (oriented gradients), or sscd (a network for copies, of your own file)."""
+    sscd_file: Path | None = None
+    """SSCD's weights, a TorchScript file such as sscd_disc_mixup.torchscript.pt; none comes with this package."""
+    preprocessing: str = "sscd-288-imagenet"
+    """Of SSCD: sscd-288-imagenet, what its authors recommend, or dcr-256-224-half, what FineXtract's public code does."""
+    clustering: str = "cliques"
+    """Of the pictures: cliques, agglomerative (fast for thousands), or public (FineXtract's public code: perhaps more groups than pictures)."""
     false_match_rate: float = 0.01
     """Share of pairs of different pictures that may count as the same one; sets the threshold."""
     seed: int = 0
@@ -75,6 +85,7 @@ def run(cfg: Config) -> int:
     """Writes `out/result.json`, `out/report.html` and `out/pictures`; prints the summary."""
     console = Console()
     began = time.monotonic()
+    check(cfg.settings, number_known=cfg.number != 0)
     base, tuned = pipeline.load(cfg.base), pipeline.load(cfg.model)
     pipeline.require_same_architecture(base, tuned)
     pictures = images.read_folder(cfg.images, base.pixels)
@@ -118,29 +129,16 @@ def extract(
     Args:
         number: of training pictures, None if unknown.
         seconds, config, inputs: of the whole command so far; the wall time of every method is added.
-        draw_fn: draws the pictures, or brings those of an earlier run; default: `audit.generate` with a progress bar.
+        draw_fn: draws the pictures, or brings those of an earlier run; default: `audit.sweep` with a progress bar.
     """
-    for name in settings.methods:
-        require(name in audit.METHODS, "methods", f"of {', '.join(audit.METHODS)}", repr(name), "correct the name")
-    key = jax.random.key(settings.seed)
+    features = check(settings, number_known=number is not None)
     seconds = dict(seconds)
     with Progress(console=console, transient=True) as progress:
-        draw = draw_fn or _drawer(progress, settings, key, seconds)
-        half = settings.evaluations // 2
+        draw = draw_fn or _drawer(progress, settings, jax.random.key(settings.seed), seconds)
         base_subject = subject._replace(tuned=subject.base.params)
-        base_pictures = draw("plain", base_subject, half, "base model").images
-        judge = audit.calibrated(pictures, holdout, base_pictures, settings.false_match_rate)
-        methods, drawn = [], {}
-        for name in settings.methods:
-            source = "plain" if name == "carlini" else name  # the same pictures, clustered in another way
-            if source not in drawn:
-                drawn[source] = draw(source, subject, settings.evaluations, name)
-            methods.append(audit.judge(name, drawn[source], judge, count=number, seed=settings.seed))
-    broken = [
-        f"{name}: {d.broken} of {d.drawn} pictures were not finite and left out"
-        for name, d in drawn.items()
-        if d.broken
-    ]
+        (base,) = draw("plain", base_subject, settings.evaluations // 2, "base model")
+        judge = audit.calibrated(pictures, holdout, base.images, settings.false_match_rate, features.embed)
+        methods, broken = _methods(draw, subject, judge, settings, number)
     return Extraction(
         prompt=subject.prompt,
         base=str(subject.base.folder.name),
@@ -149,41 +147,119 @@ def extract(
         names=pictures.names,
         holdouts=None if holdout is None else holdout.images,
         holdout_names=() if holdout is None else holdout.names,
-        methods=tuple(methods),
+        methods=methods,
         count_known=number is not None,
         threshold=judge.threshold,
-        similarity=similarity.HOG,
+        similarity=features.label,
         base_scores=judge.base_scores(judge.members),
         holdout_base_scores=judge.base_scores(judge.holdouts),
         course=course,
-        notes=(*pictures.notes, *(() if holdout is None else holdout.notes), *broken),
+        notes=(*pictures.notes, *(() if holdout is None else holdout.notes), *broken, *_remarks(settings, methods[0])),
         command=page.command_line(sys.argv[1:]),
         config=config,
         seeds={"seed": settings.seed},
         seconds=seconds,
-        inputs={**inputs, **dict(zip((f"picture {name}" for name in pictures.names), pictures.sha256, strict=True))},
+        inputs={
+            **inputs,
+            **features.inputs,
+            **dict(zip((f"picture {name}" for name in pictures.names), pictures.sha256, strict=True)),
+        },
     )
 
 
-def weights(settings: Settings) -> dict[str, float]:
-    """Guidance weight (or scale) of the methods that have one."""
-    return {"finextract": settings.w, "cfg": settings.cfg_weight, "lora-scale": settings.scale}
+def check(settings: Settings, *, number_known: bool = True) -> audit.Features:
+    """Refuses, before anything is computed, what cannot be done; returns the features.
+
+    Raises:
+        ValueError: on unknown, repeated or missing methods or guidances, or what `audit` refuses.
+        OSError: if SSCD's file cannot be opened.
+    """
+    for name in settings.methods:
+        audit.method_of(name)
+    some = bool(settings.methods and settings.w and settings.k)
+    require(some, "methods, w and k", "at least one of each", "none", "leave the empty option out")
+    names = [called for name in settings.methods for called in method_names(settings, name)]
+    require(len(set(names)) == len(names), "methods, w and k", "different ones", ", ".join(names), "name each once")
+    audit.sampler_of(settings.sampler)
+    audit.require_clustering(settings.clustering, number_known=number_known)
+    return audit.features_of(settings.features, settings.sscd_file, settings.preprocessing)
+
+
+def guidances(settings: Settings, name: str) -> list[tuple[float, float]]:
+    """The guidance (w, k) of a method; several where it is swept."""
+    if name == "finextract":
+        return list(itertools.product(settings.w, settings.k))
+    method = audit.METHODS[name]
+    return [({"cfg": settings.cfg_weight, "lora-scale": settings.scale}.get(name, method.w), method.k)]
+
+
+def method_names(settings: Settings, name: str) -> list[str]:
+    """What a method is called in the result at each of its guidances: "finextract-w1p5-km0p02" is w = 1.5, k = -0.02 of a sweep."""
+    pairs = guidances(settings, name)
+    spelt = lambda number: f"{number:g}".translate({ord("."): "p", ord("-"): "m", ord("+"): None})
+    return [name] if len(pairs) == 1 else [f"{name}-w{spelt(w)}-k{spelt(k)}" for w, k in pairs]
+
+
+def _methods(
+    draw: DrawFn, subject: Subject, judge: audit.Judge, settings: Settings, number: int | None
+) -> tuple[tuple[Method, ...], list[str]]:
+    """Draws and judges all methods; also a sentence for each whose pictures were not all finite."""
+    methods, drawn = [], {}
+    for name in settings.methods:
+        source = "plain" if name == "carlini" else name  # the same pictures, clustered in another way
+        if source not in drawn:
+            drawn[source] = draw(source, subject, settings.evaluations, name)
+        settled = zip(method_names(settings, name), guidances(settings, name), drawn[source], strict=True)
+        for called, (w, k), part in settled:
+            options = {"count": number, "seed": settings.seed, "clustering": settings.clustering}
+            found = audit.judge(name, part, judge, **options)
+            if called != name:
+                found = dataclasses.replace(found, name=called, label=f"{found.label}, w = {w:g}, k = {k:g}")
+            methods.append(found)
+    broken = [
+        f"{called}: {part.broken} of {part.drawn} pictures were not finite and left out"
+        for source, parts in drawn.items()
+        for called, part in zip(method_names(settings, source), parts, strict=True)
+        if part.broken
+    ]
+    return tuple(methods), broken
+
+
+def _remarks(settings: Settings, main: Method) -> list[str]:
+    """What a reader of the figures must know about the choices made."""
+    remarks = []
+    count = len(guidances(settings, "finextract"))
+    if count > 1 and "finextract" in settings.methods:
+        remarks.append(
+            f"FineXtract was tried at {count} guidances; the verdict rests on {main.label} alone. To pick the best of them by these training "
+            "pictures would overstate it: choose the weight on pictures that the verdict does not use."
+        )
+    if settings.features == "sscd":
+        remarks.append(
+            "Scores are cosines of SSCD centred on the style. The paper's are not centred, so compare none with its figures."
+        )
+    if settings.clustering == "public":
+        remarks.append(
+            "Every clique counts, as in the public code: perhaps more than there were training pictures, which raises AS and A-ESR; none if "
+            "fewer pictures were drawn than there were."
+        )
+    return remarks
 
 
 def _drawer(progress: Progress, settings: Settings, key, seconds: dict[str, float]) -> DrawFn:
     """A `DrawFn` with a progress bar; its wall time is kept in `seconds`."""
 
-    def draw(name: str, subject: Subject, evaluations: int, label: str) -> audit.Generated:
+    def draw(name: str, subject: Subject, evaluations: int, label: str) -> tuple[audit.Generated, ...]:
         task = progress.add_task(f"sampling: {label}", total=None)
         began = time.monotonic()
-        generated = audit.generate(
+        generated = audit.sweep(
             key,
             subject,
             name,
+            guidances(settings, name),
             evaluations=evaluations,
             num_steps=settings.num_steps,
-            w=weights(settings).get(name),
-            k=settings.k if name == "finextract" else None,
+            sampler=settings.sampler,
             batch_size=settings.batch_size,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Float
 from scipy import stats
 
@@ -17,12 +18,14 @@ from dmsec_jax.core.checks import image_batch, require
 from dmsec_jax.core.types import AnyArray, Image
 
 EmbedFn = Callable[[Image], Float[jax.Array, "B D"]]
-"""Pictures [B, H, W, 3] in [-1, 1] -> features of unit length."""
+"""Pictures [B, H, W, 3] in [-1, 1] -> features of unit length; with weights a `jax.tree_util.Partial`, so that they are no constants."""
 
 CELLS, BINS = 16, 8
 NOISE_FLOOR = 0.01
 """Gradients far below this do not count: flat ground stays flat after normalisation."""
 LUMA = (0.299, 0.587, 0.114)
+BATCH = 16
+"""Pictures embedded at once, few enough for a large network at 288 pixels."""
 HOG = "oriented gradients (16 x 16 cells, 8 directions), centred on the style"
 
 
@@ -77,24 +80,24 @@ def _slope(x, axis: int):
     return jnp.concatenate([cut(1, 2) - cut(0, 1), inner, cut(size - 1, size) - cut(size - 2, size - 1)], axis)
 
 
-_apply = jax.jit(lambda images, embed_fn: embed_fn(images), static_argnames="embed_fn")
+_apply = jax.jit(lambda images, embed_fn: embed_fn(images))
 
 
 def embed(
-    images: Float[AnyArray, "N H W 3"], embed_fn: EmbedFn = oriented_gradients, batch_size: int = 64
+    images: Float[AnyArray, "N H W 3"], embed_fn: EmbedFn = oriented_gradients, batch_size: int = BATCH
 ) -> np.ndarray:
-    """Features [N, D] of any number of pictures, in batches of one size (one compilation).
+    """Features [N, D] of any number of pictures, in batches of one size: one compilation for all sets of equal pictures.
 
     Raises:
         ValueError: on pictures that are not [N, H, W, 3] in [-1, 1], or not finite.
     """
     images = np.asarray(images, np.float32)
     image_batch("images", images)
-    size = min(batch_size, len(images))
+    embed_fn = embed_fn if isinstance(embed_fn, Partial) else Partial(embed_fn)
     features = []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        filled = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)])
         features.append(np.asarray(_apply(filled, embed_fn))[: len(part)])
     return np.concatenate(features)
 

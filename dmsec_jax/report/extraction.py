@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -177,15 +178,34 @@ def result_of(extraction: Extraction, case: Mapping[str, Any], pictures: Mapping
 def write(folder: str | Path, extraction: Extraction, case: Mapping[str, Any]) -> Result:
     """Writes pictures, `report.html` and, last, `result.json` into `folder`; each file whole or not at all.
 
+    Pictures of an earlier report there are removed first: they would pass for extractions of this one.
+
     Raises:
         OSError: if a file cannot be written, for instance because the disk is full.
     """
     folder = Path(folder)
+    _remove_earlier_pictures(folder)
     pictures = _write_pictures(folder, extraction)
     written = result_of(extraction, case, pictures)
     html.write(folder / "report.html", page(extraction, written))
     result.write(folder / "result.json", written)
     return written
+
+
+def _remove_earlier_pictures(folder: Path) -> None:
+    """Removes what the `result.json` in `folder` lists as its pictures, if we wrote it, and only files of the form that we write.
+
+    Whatever else it names is not ours to remove, nor what lies behind a symbolic link: the file may come from a stranger.
+    """
+    try:
+        listed = result.read(folder / "result.json").pictures
+    except (OSError, ValueError):  # none, or not ours
+        return
+    for name in listed:
+        path = folder / name
+        ours = re.fullmatch(r"pictures/([a-z0-9-]+/)?[a-z0-9-]+\.png", name) and path.is_file()
+        if ours and path.resolve() == folder.resolve() / name:
+            path.unlink()
 
 
 def _write_pictures(folder: Path, extraction: Extraction) -> dict[str, str]:
@@ -278,7 +298,8 @@ def _summary_line(extraction: Extraction, method: Method) -> str:
         interval = interval_at(method.clustered, threshold, holdouts=holdouts)
         return html.number(interval.value if interval else None)
 
-    label, count = _cut(html.printable(method.label), 24), tally(extraction, method)
+    label = _cut(html.printable(method.label).replace(" = ", "="), 24)  # "FineXtract, w = 2, k = -0.02" just fits
+    count = tally(extraction, method)
     first = figure(extraction.thresholds[0]) if extraction.thresholds else ""
     calls, read = f"{method.evaluations * method.generated:,}", f"{count.matched}/{count.total}"
     averages = f"{figure(None)} / {figure(None, holdouts=True)}"

@@ -190,6 +190,8 @@ def test_summary_says_what_the_page_says(made):
     assert "3 of 4 training pictures" in "".join(lines)
     (line,) = [line for line in lines if line.startswith("Plain")]
     assert line.split() == ["Plain", "2,000", "1/4", "0.25", "0.25", "0.25", "/", "0.20"]
+    swept = made.method("finextract-w2-km0p02", label="FineXtract, w = 2, k = -0.02")
+    assert "\nFineXtract, w=2, k=-0.02 " in report.summary(made.extraction((swept,)))
 
 
 def test_rows_are_tidy_and_complete(made):
@@ -223,6 +225,49 @@ def test_a_failed_run_is_written_too(made, tmp_path):
     report.write(tmp_path, made.extraction((made.failed(),)), {})
     values = json.loads((tmp_path / "result.json").read_text())
     assert values["details"]["verdict"]["kind"] == "failed"
+
+
+def test_pictures_of_an_earlier_run_go_and_nothing_else(made, tmp_path):
+    report.write(tmp_path, made.extraction((made.method("cfg"), made.method("plain"))), {})
+    own = [tmp_path / "pictures" / "mine.png", tmp_path / "pictures" / "cfg" / "005.png", tmp_path / "model" / "a.png"]
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    report.write(tmp_path, made.extraction((made.method(), made.method("plain"))), {})
+    assert all(path.read_bytes() == b"mine" for path in own)
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    kept = {path.relative_to(tmp_path).as_posix() for path in own}
+    assert written - kept == {"result.json", "report.html", *result.read(tmp_path / "result.json").pictures}
+
+
+def test_a_forged_list_of_pictures_removes_nothing_else(made, tmp_path):
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    report.write(folder, made.extraction(), {})
+    outside.mkdir()
+    (folder / "pictures" / "linked").symlink_to(outside)
+    (folder / "pictures" / "link.png").symlink_to(outside / "a.png")
+    (folder / "pictures" / "folder.png").mkdir()
+    kept = [outside / "a.png", folder / "notes.png", folder / "model" / "a.png", folder / "pictures" / "notes.txt"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    values = json.loads((folder / "result.json").read_text())
+    inside = ["notes.png", "model/a.png", "pictures/notes.txt", "pictures/linked/a.png", "pictures/link.png"]
+    for names in (inside, ["pictures/folder.png", "pictures/\0.png", ".", ""], ["../outside/a.png"], [str(kept[0])]):
+        (folder / "result.json").write_text(json.dumps(values | {"pictures": dict.fromkeys(names, "")}))
+        report.write(folder, made.extraction(), {})
+    assert all(path.read_bytes() == b"mine" for path in kept)
+    assert (folder / "pictures" / "link.png").is_symlink()
+    assert (folder / "pictures" / "folder.png").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"schema": "other", "pictures": {"pictures/training.png": ""}}'])
+def test_a_result_of_something_else_is_no_list_of_pictures(made, tmp_path, content):
+    (tmp_path / "pictures" / "cfg").mkdir(parents=True)
+    (tmp_path / "pictures" / "cfg" / "001.png").write_bytes(b"mine")
+    (tmp_path / "result.json").write_bytes(content)
+    report.write(tmp_path, made.extraction(), {})
+    assert (tmp_path / "pictures" / "cfg" / "001.png").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(
