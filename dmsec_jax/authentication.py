@@ -64,7 +64,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "loss-difference": Method("loss difference", "how much better than the base model it denoises the picture", lambda s: 2 * s.num_draws),
-    "loss-difference-independent": Method("loss difference, noise apart", "the same, with noise of its own for each model", lambda s: 2 * s.num_draws),
+    "loss-difference-independent": Method("loss difference, noise apart", "the same, with noise apart for each model", lambda s: 2 * s.num_draws),
     "loss": Method("loss", "how well the fine-tuned model denoises the picture", lambda s: s.num_draws),
     "secmi": Method("SecMI", "error of one deterministic step back and forth", lambda s: s.secmi_timestep // s.secmi_interval + 2),
     "pia": Method("PIA", "whether the noise predicted for the clean picture is predicted again", lambda s: 1 + len(s.pia_timesteps)),

@@ -184,24 +184,29 @@ def write(folder: str | Path, extraction: Extraction, case: Mapping[str, Any]) -
         OSError: if a file cannot be written, for instance because the disk is full.
     """
     folder = Path(folder)
-    _remove_earlier_pictures(folder)
+    earlier = _pictures_of(folder)
     pictures = _write_pictures(folder, extraction)
     written = result_of(extraction, case, pictures)
     html.write(folder / "report.html", page(extraction, written))
     result.write(folder / "result.json", written)
+    _remove(folder, earlier - set(pictures))
     return written
 
 
-def _remove_earlier_pictures(folder: Path) -> None:
-    """Removes what the `result.json` in `folder` lists as its pictures, if we wrote it, and only files of the form that we write.
-
-    Whatever else it names is not ours to remove, nor what lies behind a symbolic link: the file may come from a stranger.
-    """
+def _pictures_of(folder: Path) -> set[str]:
+    """What the `result.json` in `folder` lists as its pictures; nothing where there is none, or it is not ours."""
     try:
-        listed = result.read(folder / "result.json").pictures
-    except (OSError, ValueError):  # none, or not ours
-        return
-    for name in listed:
+        return set(result.read(folder / "result.json").pictures)
+    except (OSError, ValueError):
+        return set()
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Removes pictures of an earlier run, only files of the form that we write.
+
+    Whatever else the list names is not ours to remove, nor what lies behind a symbolic link: it may come from a stranger.
+    """
+    for name in names:
         path = folder / name
         ours = re.fullmatch(r"pictures/([a-z0-9-]+/)?[a-z0-9-]+\.png", name) and path.is_file()
         if ours and path.resolve() == folder.resolve() / name:

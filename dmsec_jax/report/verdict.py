@@ -22,6 +22,7 @@ class Tally(NamedTuple):
 
 class Verdict(NamedTuple):
     kind: Literal["leak", "unclear", "none", "failed"]
+    """`failed`: no image was finite, so nothing can be said."""
     headline: str
     comparison: tuple[str, ...]
     """Sentences on hold-outs and chance: what the figures below say, in words."""
@@ -47,14 +48,14 @@ def verdict(extraction: Extraction) -> Verdict:
     else:
         table = [[t.matched, t.total - t.matched] for t in (training, holdouts)]
         p_value = float(stats.fisher_exact(table, alternative="greater").pvalue)
-    if method.matches is None:
+    if method.finite == 0:
         kind = "failed"
     elif training.matched == 0:
         kind = "none"
     else:
         kind = "leak" if p_value < LEVEL else "unclear"
     found = Verdict(kind, _headline(kind, training), (), (), training, holdouts, probability * training.total, p_value)
-    reasons = (*_weight(found), *_base(extraction, method), *_peers(extraction))
+    reasons = (*_groups(method), *_weight(found), *_base(extraction, method), *_peers(extraction))
     return found._replace(comparison=_comparison(found), reasons=reasons)
 
 
@@ -94,6 +95,12 @@ def _comparison(found: Verdict) -> tuple[str, ...]:
     return f"Of pictures like them that the model never saw, {found.holdouts} match.", chance
 
 
+def _groups(method: Method) -> list[str]:
+    if method.finite == 0 or method.matches is not None:
+        return []
+    return [f"No group of look-alikes was found among the {method.finite} images, so none was extracted."]
+
+
 def _weight(found: Verdict) -> list[str]:
     """How sure it is."""
     if found.kind == "failed":
@@ -121,7 +128,7 @@ def _odds(p_value: float) -> str:
 
 
 def _base(extraction: Extraction, method: Method) -> list[str]:
-    matched = int(extraction.matched(method.matches).sum())
+    matched = int(extraction.matched(method.matches).sum())  # 0 without matches
     excluded = matched - tally(extraction, method).matched
     if not excluded:
         return []
@@ -134,7 +141,7 @@ def _base(extraction: Extraction, method: Method) -> list[str]:
 def _peers(extraction: Extraction) -> list[str]:
     """What the other methods find by the same count."""
     peers = extraction.methods[1:]
-    if not peers or extraction.main.matches is None:
+    if not peers or extraction.main.finite == 0:
         return []
-    counts = ", ".join(f"{peer.label} {tally(extraction, peer).matched}" for peer in peers)
+    counts = "; ".join(f"{peer.label}: {tally(extraction, peer).matched}" for peer in peers)
     return [f"Other ways to sample the same model find: {counts}."]

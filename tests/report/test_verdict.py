@@ -79,3 +79,11 @@ def test_chance_where_no_pair_matched_is_an_upper_limit():
     assert Threshold(value=0.5, false_match_rate=0.0, pairs=300).chance(1) == pytest.approx(0.01)
     assert Threshold(value=0.5, false_match_rate=0.0, pairs=0).chance(5) == 1
     assert Threshold(value=0.5, false_match_rate=0.1, pairs=50).chance(2) == pytest.approx(0.19)
+
+
+def test_images_without_a_group_are_no_failure(made):
+    loose = dataclasses.replace(made.failed(), generated=20, finite=20)
+    found = verdict(made.extraction((loose, made.method("plain"))))
+    assert found.kind == "none"
+    assert "No group of look-alikes was found among the 20 images" in found.reasons[0]
+    assert found.p_value == 1.0
