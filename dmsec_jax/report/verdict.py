@@ -143,5 +143,5 @@ def _peers(extraction: Extraction) -> list[str]:
     peers = extraction.methods[1:]
     if not peers or extraction.main.finite == 0:
         return []
-    counts = "; ".join(f"{peer.label}: {tally(extraction, peer).matched}" for peer in peers)
-    return [f"Other ways to sample the same model find: {counts}."]
+    counts = ", ".join(f"{tally(extraction, peer).matched} ({peer.label})" for peer in peers)
+    return [f"Other ways to sample the same model find {counts}."]

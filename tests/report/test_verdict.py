@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -72,7 +74,7 @@ def test_a_method_without_finite_images_gives_no_verdict(made):
 
 def test_baselines_are_named_with_their_counts(made):
     peers = verdict(made.extraction()).reasons[-1]
-    assert peers == "Other ways to sample the same model find: Plain 1."
+    assert peers == "Other ways to sample the same model find 1 (Plain)."
 
 
 def test_chance_where_no_pair_matched_is_an_upper_limit():
