@@ -49,6 +49,8 @@ class Config:
     """Guidance weights tried on the tuning seed, for FineXtract and for classifier-free guidance alike."""
     scales: tuple[float, ...] = (1.1, 1.25, 1.5)
     """The same for weight extrapolation."""
+    clusterings: tuple[str, ...] = ("cliques", "agglomerative")
+    """Ways to group the same pictures; each has weights tuned for it."""
     evaluations: int = 200
     num_steps: int = 25
     work: Path = Path("out/bench-extraction")
@@ -64,19 +66,20 @@ def main(cfg: Config) -> None:
     began = time.monotonic()
     for name, tuner, n0 in itertools.product(cfg.sets, cfg.tuners, cfg.n0):
         tuning = _Training(cfg, base, name, tuner, n0, TUNING_SEED)
-        chosen = {steps: _tuned_weights(cfg, tuning, steps) for steps in cfg.steps}
+        cases = list(itertools.product(cfg.steps, cfg.clusterings))
+        chosen = {case: _tuned_weights(cfg, tuning, *case) for case in cases}
         results = []
         for seed in range(cfg.seeds):
             training = _Training(cfg, base, name, tuner, n0, seed)
-            for steps in cfg.steps:
-                weights = {method: value["weight"] for method, value in chosen[steps].items()}
-                found = _extract(cfg, training, steps, METHODS, weights)
-                results += [
-                    {**dataclasses.asdict(row), "seed": seed} for row in report.rows(found, training.case(steps))
-                ]
-                label = f"{training.case(steps)} seed {seed}: {time.monotonic() - began:.0f} s"
-                console.print(label, markup=False, highlight=False)
-        notes = [f"{tuner}, {steps} steps: weights tried {_shown(value)}" for steps, value in chosen.items()]
+            for steps, clustering in cases:
+                weights = {method: value["weight"] for method, value in chosen[steps, clustering].items()}
+                found = _extract(cfg, training, steps, clustering, METHODS, weights)
+                case = training.case(steps) | {"clustering": clustering}
+                results += [{**dataclasses.asdict(row), "seed": seed} for row in report.rows(found, case)]
+                console.print(f"{case} seed {seed}: {time.monotonic() - began:.0f} s", markup=False, highlight=False)
+        notes = [
+            f"{tuner}, {case[0]} steps, {case[1]}: weights tried {_shown(value)}" for case, value in chosen.items()
+        ]
         console.print("\n".join(notes), markup=False, highlight=False)
         _write(cfg, results, notes, time.monotonic() - began)
 
@@ -95,7 +98,11 @@ def _write(cfg: Config, results: list[dict], notes: list[str], seconds: float) -
     rows = _over_seeds(results) + _differences(results)
     _print(rows)
     notes = ["intervals over seeds (Student t); differences are paired by seed", *notes]
-    harness.write("extraction", rows, config.to_dict(cfg) | {"work": ""}, {"all": seconds}, notes)
+    settings = config.to_dict(cfg) | {
+        "work": "",
+        "sets": [Path(name).name for name in cfg.sets],
+    }  # no paths of a machine
+    harness.write("extraction", rows, settings, {"all": seconds}, notes)
 
 
 def read_set(name: str, pixels: int) -> ImageSet:
@@ -168,21 +175,35 @@ class _Training:
         return drawn._replace(images=images.from_uint8(eight))
 
 
-def _tuned_weights(cfg: Config, training: _Training, steps: int) -> dict:
+def _tuned_weights(cfg: Config, training: _Training, steps: int, clustering: str) -> dict:
     """The guidance weights with the best AS after clustering on the tuning seed."""
     grids = {"finextract": cfg.weights, "cfg": cfg.weights, "lora-scale": cfg.scales}
     best = {}
     for method, grid in grids.items():
         scores = {}
         for weight in grid:
-            found = _extract(cfg, training, steps, (method,), {method: weight})
+            found = _extract(cfg, training, steps, clustering, (method,), {method: weight})
             scores[weight] = found.main.clustered.average.value if found.main.clustered else -1.0
         best[method] = {"weight": max(scores, key=scores.get), "scores": {str(w): s for w, s in scores.items()}}
     return best
 
 
-def _extract(cfg: Config, training: _Training, steps: int, methods: tuple[str, ...], weights: dict[str, float]):
+def _extract(
+    cfg: Config,
+    training: _Training,
+    steps: int,
+    clustering: str,
+    methods: tuple[str, ...],
+    weights: dict[str, float],
+):
     """What `dmsec extract` finds in one model."""
+    settings = extract.Settings(
+        methods=methods,
+        evaluations=cfg.evaluations,
+        num_steps=cfg.num_steps,
+        clustering=clustering,
+        seed=training.seed,
+    )
 
     def draw(name: str, subject: Subject, evaluations: int, label: str) -> tuple[audit.Generated, ...]:
         at = 0 if label == "base model" else steps
@@ -192,7 +213,7 @@ def _extract(cfg: Config, training: _Training, steps: int, methods: tuple[str, .
         Subject(training.base, {}, training.prompt),  # `draw` knows the fine-tuned parameters
         training.pictures,
         training.holdout,
-        extract.Settings(methods=methods, evaluations=cfg.evaluations, num_steps=cfg.num_steps, seed=training.seed),
+        settings,
         number=training.n0,
         console=Console(quiet=True),
         tuned_label=str(training.case(steps)),
@@ -242,10 +263,14 @@ def _print(rows: list[Row]) -> None:
     """AS after clustering, members beside hold-outs."""
     shown = [row for row in rows if row.metric == "AS" and row.case["stage"] == "clustered"]
     lines = [
-        [*(str(row.case[name]) for name in ("set", "tuner", "n0", "steps", "pictures")), row.method, _figure(row)]
+        [
+            *(str(row.case[name]) for name in ("set", "tuner", "n0", "steps", "clustering", "pictures")),
+            row.method,
+            _figure(row),
+        ]
         for row in shown
     ]
-    print(harness.table(["set", "tuner", "n0", "steps", "pictures", "method", "AS [95 %]"], lines))
+    print(harness.table(["set", "tuner", "n0", "steps", "clustering", "pictures", "method", "AS [95 %]"], lines))
 
 
 def _figure(row: Row) -> str:

@@ -26,6 +26,14 @@ METHODS = {
 }
 
 
+STAGES = {
+    "all samples": {"stage": "all", "clustering": "cliques"},
+    "cliques": {"stage": "clustered", "clustering": "cliques"},
+    "agglomerative": {"stage": "clustered", "clustering": "agglomerative"},
+}
+"""Before clustering (with the weights tuned for cliques) and after it."""
+
+
 class Study(NamedTuple):
     """Rows of one set, tuner and number of pictures."""
 
@@ -42,9 +50,8 @@ class Study(NamedTuple):
     def steps(self) -> list[int]:
         return sorted({row["case"]["steps"] for row in self.rows})
 
-    def find(self, metric: str, method: str, steps: int, stage: str, pictures: str = "training", **more) -> dict | None:
-        """The one row of these names, or None."""
-        case = {"steps": steps, "stage": stage, "pictures": pictures, **more}
+    def find(self, metric: str, method: str, **case) -> dict | None:
+        """The one row of this metric, method and case, or None."""
         for row in self.rows:
             if (row["metric"], row["method"]) == (metric, method) and case.items() <= row["case"].items():
                 return row
@@ -80,17 +87,17 @@ def read(folder: Path) -> list[Study]:
 
 
 def plot(studies: list[Study], path: Path) -> None:
-    """AS of training pictures over steps, before (above) and after clustering (below), one column per study."""
-    figure = Figure(figsize=(3.1 * len(studies), 5.2), layout="constrained")
-    axes = figure.subplots(2, len(studies), squeeze=False, sharey="row")
+    """AS of training pictures over steps, before clustering (above) and after it (below, each way), one column per study."""
+    figure = Figure(figsize=(3.1 * len(studies), 2.6 * len(STAGES)), layout="constrained")
+    axes = figure.subplots(len(STAGES), len(studies), squeeze=False, sharey=True)
     for column, study in enumerate(studies):
-        for row, (stage, label) in enumerate((("all", "all samples"), ("clustered", "after clustering"))):
+        for row, (label, stage) in enumerate(STAGES.items()):
             panel = axes[row, column]
             for shift, (method, (name, colour, mark)) in enumerate(METHODS.items()):
-                if method == "carlini" and stage == "all":
+                if method == "carlini" and stage["stage"] == "all":
                     continue  # the same samples as plain
                 for pictures, line in (("training", "-"), ("holdout", ":")):
-                    found = [study.find("AS", method, steps, stage, pictures) for steps in study.steps]
+                    found = [study.find("AS", method, steps=steps, pictures=pictures, **stage) for steps in study.steps]
                     points = [
                         (s * 1.015 ** (shift - 2), r)
                         for s, r in zip(study.steps, found, strict=True)
@@ -114,28 +121,30 @@ def plot(studies: list[Study], path: Path) -> None:
                 panel.set_title(study.title, fontsize=9)
             if column == 0:
                 panel.set_ylabel(f"AS, {label}")
-            if row == 1:
+            if row == len(STAGES) - 1:
                 panel.set_xlabel("fine-tuning steps (batch 4)")
-    axes[1, 0].legend(fontsize=7, frameon=False)
+    axes[-1, 0].legend(fontsize=7, frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
 
 
 def table(studies: list[Study]) -> str:
-    """Markdown: AS after clustering, and FineXtract's lead before and after."""
+    """Markdown: AS of the three samplers after agglomerative clustering, and FineXtract's lead at each stage."""
     head = ["set", "N0", "tuner", "steps", "FineXtract", "guidance", "plain", "hold-outs"]
-    head += ["lead over guidance", "over plain", "lead before clustering, over guidance", "over plain"]
+    head += [f"lead over {other}: {stage}" for other in ("guidance", "plain") for stage in STAGES]
     lines = [head, ["---"] * len(head)]
+    best = STAGES["agglomerative"]
     for study in studies:
         for steps in study.steps:
-            clustered = [_figure(study.find("AS", name, steps, "clustered")) for name in ("finextract", "cfg", "plain")]
-            null = _figure(study.find("AS", "finextract", steps, "clustered", "holdout"), brief=True)
+            at = {"steps": steps, "pictures": "training"}
+            found = [_figure(study.find("AS", name, **at, **best)) for name in ("finextract", "cfg", "plain")]
+            null = _figure(study.find("AS", "finextract", steps=steps, pictures="holdout", **best), brief=True)
             leads = [
-                _figure(study.find("AS difference", "finextract", steps, stage, against=other), signed=True)
-                for stage in ("clustered", "all")
+                _figure(study.find("AS difference", "finextract", against=other, **at, **stage), signed=True)
                 for other in ("cfg", "plain")
+                for stage in STAGES.values()
             ]
             names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
-            lines.append([*names, *clustered, null, *leads])
+            lines.append([*names, *found, null, *leads])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
