@@ -297,7 +297,13 @@ def calibrated(
     )
     return Judge(
         embed=lambda images: centre(embed(images)),
-        threshold=report.Threshold(value=found.value, false_match_rate=found.rate, pairs=found.pairs, source=source),
+        threshold=report.Threshold(
+            value=max(found.value, 0.0),  # below it two pictures are less alike than strangers
+            false_match_rate=found.rate,
+            pairs=found.pairs,
+            source=source,
+            same_style=not few,
+        ),
         members=centre(members),
         holdouts=None if holdouts is None else centre(holdouts),
         base=centre(base),

@@ -11,6 +11,7 @@ from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
 STEPS = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2"]
+SAME = "The two models are the same: nothing was learnt, so nothing can be read out."
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +111,13 @@ def test_a_sweep_reports_every_guidance(tiny_folder, pictures, tmp_path):
         "finextract-w2-km0p02": "FineXtract, w = 2, k = -0.02",
         "plain": "plain sampling",
     }
-    (note,) = found["notes"]
+    same, note = found["notes"]
+    assert same == SAME
     assert "tried at 4 guidances; the verdict rests on FineXtract, w = 1.5, k = 0 alone" in note
     assert "choose the weight on pictures that the verdict does not use" in note
     alone = audited(tiny_folder, pictures, tmp_path / "alone", *methods, "--settings.w", "2", "--settings.k", "-0.02")
     assert list(alone["details"]["methods"]) == ["finextract", "plain"]
-    assert alone["notes"] == []
+    assert alone["notes"] == [SAME]
     scores = lambda result, name: [row["score"] for row in result["details"]["methods"][name]["training"]]
     np.testing.assert_allclose(scores(alone, "finextract"), scores(found, "finextract-w2-km0p02"), atol=1e-4)
 
@@ -128,8 +130,8 @@ def test_samplers_and_clusterings_are_chosen(tiny_folder, pictures, tmp_path):
     other = audited(tiny_folder, pictures, tmp_path / "public", *public)
     sheets = [(tmp_path / name / "pictures" / "plain-samples.png").read_bytes() for name in ("clean", "public")]
     assert sheets[0] != sheets[1]
-    assert clean["notes"] == []
-    assert "Every clique counts" in other["notes"][0]
+    assert clean["notes"] == [SAME]
+    assert "Every clique counts" in other["notes"][1]
     assert len(other["details"]["methods"]["plain"]["sizes"]) >= 4
 
 
@@ -138,6 +140,11 @@ def test_samplers_and_clusterings_are_chosen(tiny_folder, pictures, tmp_path):
     (["--settings.methods", "plain", "plain"], "methods, w and k must be different ones, got plain, plain"),
     (["--settings.w", "2", "2.0"], "methods, w and k must be different ones, got finextract-w2-k0, finextract-w2-k0"),
     (["--settings.w"], "methods, w and k must be at least one of each, got none"),
+    (["--settings.evaluations", "1"], "evaluations must be at least 2, got 1"),
+    (["--settings.num-steps", "0"], "num_steps must be at least 1, got 0"),
+    (["--settings.batch-size", "0"], "batch_size must be at least 1, got 0"),
+    (["--settings.false-match-rate", "nan"], "false_match_rate must be a share between 0 and 1, got nan"),
+    (["--settings.seed", "99999999999999999999"], "seed must be from 0 to 4294967295"),
     (["--settings.sampler", "euler"], "sampler must be one of ddim, public, got 'euler'"),
     (["--settings.clustering", "k-means"], "clustering must be one of cliques, agglomerative, public, got 'k-means'"),
     (["--settings.features", "clip"], "features must be one of hog, sscd, got 'clip'"),
@@ -170,3 +177,26 @@ def test_extracting_from_another_architecture_is_refused(tiny_folder, pictures, 
     status = cli.main(["extract", *common, "--base", str(tiny_folder), "--model", str(tmp_path / "other")])
     assert status == 1
     assert "schedule and vocabulary" in capsys.readouterr().err
+
+
+def test_hold_outs_that_were_trained_on_do_not_count(tiny_folder, pictures, tmp_path, capsys):
+    plain = ["--settings.methods", "plain", "--holdout"]
+    some = tmp_path / "some"
+    some.mkdir()
+    for path in sorted(pictures.iterdir())[:2]:
+        (some / path.name).write_bytes(path.read_bytes())
+    save_png(some / "new.png", np.zeros((16, 16, 3), np.float32))
+    found = audited(tiny_folder, pictures, tmp_path / "out", *plain, str(some))
+    assert any("2 hold-outs are training pictures and were left out: 0.png, 1.png" in note for note in found["notes"])
+    assert len(found["details"]["methods"]["plain"]["holdouts"]) == 1
+    common = ["--images", str(pictures), "--prompt", "a red dog", "--base", str(tiny_folder)]
+    assert cli.main(["extract", *common, "--model", str(tiny_folder), *SMALL, *plain, str(pictures)]) == 1
+    assert "holdout must be pictures that were not trained on" in capsys.readouterr().err
+
+
+def test_a_baseline_that_explodes_costs_the_others_nothing(tiny_folder, pictures, tmp_path):
+    methods = ["--settings.methods", "plain", "cfg", "--settings.cfg-weight", "1e38"]
+    found = audited(tiny_folder, pictures, tmp_path, *methods)
+    assert found["details"]["methods"]["cfg"]["finite"] == 0
+    assert found["details"]["methods"]["plain"]["finite"] == 8
+    assert any("cfg: 4 of 4 pictures were not finite" in note for note in found["notes"])

@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -17,6 +19,7 @@ from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
+from dmsec_jax.methods import finextract
 from dmsec_jax.report import extraction as report
 from dmsec_jax.report import page
 from dmsec_jax.report.extraction_data import Extraction, Method
@@ -86,6 +89,8 @@ def run(cfg: Config) -> int:
     console = Console()
     began = time.monotonic()
     check(cfg.settings, number_known=cfg.number != 0)
+    natural = cfg.number is None or cfg.number >= 0
+    require(natural, "number", "0 (unknown) or more", cfg.number, "leave it out to count the pictures in images")
     base, tuned = pipeline.load(cfg.base), pipeline.load(cfg.model)
     pipeline.require_same_architecture(base, tuned)
     pictures = images.read_folder(cfg.images, base.pixels)
@@ -102,6 +107,7 @@ def run(cfg: Config) -> int:
         seconds={"loading": time.monotonic() - began},
         config=config.to_dict(cfg),
         inputs={"base": base.sha256, "model": tuned.sha256},
+        notes=_same_model(base, tuned),
     )
     report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown"})
     console.print(report.summary(found), markup=False, highlight=False)
@@ -122,6 +128,7 @@ def extract(
     config: dict,
     inputs: dict[str, str],
     course: Course | None = None,
+    notes: Sequence[str] = (),
     draw_fn: DrawFn | None = None,
 ) -> Extraction:
     """Runs all methods on the same noise and gathers what the report shows.
@@ -129,9 +136,11 @@ def extract(
     Args:
         number: of training pictures, None if unknown.
         seconds, config, inputs: of the whole command so far; the wall time of every method is added.
+        notes: sentences on what deserves attention, known so far.
         draw_fn: draws the pictures, or brings those of an earlier run; default: `audit.sweep` with a progress bar.
     """
     features = check(settings, number_known=number is not None)
+    holdout, overlap = _unseen(pictures, holdout)
     seconds = dict(seconds)
     with Progress(console=console, transient=True) as progress:
         draw = draw_fn or _drawer(progress, settings, jax.random.key(settings.seed), seconds)
@@ -154,7 +163,14 @@ def extract(
         base_scores=judge.base_scores(judge.members),
         holdout_base_scores=judge.base_scores(judge.holdouts),
         course=course,
-        notes=(*pictures.notes, *(() if holdout is None else holdout.notes), *broken, *_remarks(settings, methods[0])),
+        notes=(
+            *notes,
+            *pictures.notes,
+            *(() if holdout is None else holdout.notes),
+            *overlap,
+            *broken,
+            *_remarks(settings, methods[0]),
+        ),
         command=page.command_line(sys.argv[1:]),
         config=config,
         seeds={"seed": settings.seed},
@@ -167,15 +183,49 @@ def extract(
     )
 
 
+def _same_model(base: pipeline.Pipeline, tuned: pipeline.Pipeline) -> list[str]:
+    """Notes on parts of the two models that are equal or differ where they should not."""
+    equal = lambda name: jax.tree.all(jax.tree.map(jnp.array_equal, base.params[name], tuned.params[name]))
+    notes = []
+    if equal("unet") and equal("text_encoder"):
+        notes.append("The two models are the same: nothing was learnt, so nothing can be read out.")
+    if not equal("vae"):
+        notes.append("The fine-tuned model has another autoencoder; pictures are decoded by that of the base model.")
+    return notes
+
+
+def _unseen(pictures: ImageSet, holdout: ImageSet | None) -> tuple[ImageSet | None, list[str]]:
+    """The hold-outs that are no training pictures, and a note if some were.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    if holdout is None:
+        return None, []
+    trained = set(pictures.sha256)
+    new = [i for i, digest in enumerate(holdout.sha256) if digest not in trained]
+    same = [holdout.names[i] for i in range(len(holdout)) if i not in new]
+    cure = "name a folder of others, or leave it out"
+    require(bool(new), "holdout", "pictures that were not trained on", f"{len(same)} training pictures", cure)
+    note = f"{len(same)} hold-outs are training pictures and were left out: {', '.join(same)}"
+    return (images.reorder(holdout, new), [note]) if same else (holdout, [])
+
+
 def check(settings: Settings, *, number_known: bool = True) -> audit.Features:
     """Refuses, before anything is computed, what cannot be done; returns the features.
 
     Raises:
-        ValueError: on unknown, repeated or missing methods or guidances, or what `audit` refuses.
+        ValueError: on numbers out of range, unknown, repeated or missing methods or guidances, or what `audit` refuses.
         OSError: if SSCD's file cannot be opened.
     """
-    for name in settings.methods:
-        audit.method_of(name)
+    least = max((audit.method_of(name).evaluations for name in settings.methods), default=1)
+    counts = {"evaluations": max(least, 2), "num_steps": 1, "batch_size": 1}
+    for name, low in counts.items():
+        value = getattr(settings, name)
+        require(value >= low, name, f"at least {low}", value, "raise it")
+    rate = settings.false_match_rate
+    require(0 < rate < 1, "false_match_rate", "a share between 0 and 1", rate, "for example 0.01")
+    require(0 <= settings.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", settings.seed, "choose another")
     some = bool(settings.methods and settings.w and settings.k)
     require(some, "methods, w and k", "at least one of each", "none", "leave the empty option out")
     names = [called for name in settings.methods for called in method_names(settings, name)]
@@ -252,17 +302,25 @@ def _drawer(progress: Progress, settings: Settings, key, seconds: dict[str, floa
     def draw(name: str, subject: Subject, evaluations: int, label: str) -> tuple[audit.Generated, ...]:
         task = progress.add_task(f"sampling: {label}", total=None)
         began = time.monotonic()
-        generated = audit.sweep(
-            key,
-            subject,
-            name,
-            guidances(settings, name),
-            evaluations=evaluations,
-            num_steps=settings.num_steps,
-            sampler=settings.sampler,
-            batch_size=settings.batch_size,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        pairs = guidances(settings, name)
+        try:
+            generated = audit.sweep(
+                key,
+                subject,
+                name,
+                pairs,
+                evaluations=evaluations,
+                num_steps=settings.num_steps,
+                sampler=settings.sampler,
+                batch_size=settings.batch_size,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        except finextract.NoneFinite:
+            if label in ("base model", settings.methods[0]):
+                raise
+            # a baseline that explodes is reported as such and costs the others nothing
+            count = evaluations // audit.METHODS[name].evaluations
+            generated = (audit.Generated(np.zeros((0, 1, 1, 3), np.float32), count, count),) * len(pairs)
         seconds[f"sampling: {label}"] = time.monotonic() - began
         return generated
 

@@ -76,6 +76,10 @@ class Config:
     num_steps: int = 50
 
 
+class NoneFinite(ValueError):
+    """Guidance so strong that no image of any setting is finite."""
+
+
 class State(NamedTuple):
     sampler: Any
     """The sampler's own state; `sampler.z` is z_t [B, h, w, c]."""
@@ -251,7 +255,8 @@ def sweep(
         progress: called as progress(done, total) after each batch.
 
     Raises:
-        ValueError: on counts below 1 or w and k of other shapes; if no image of any setting is finite.
+        ValueError: on counts below 1 or w and k of other shapes.
+        NoneFinite: if no image of any setting is finite.
     """
     w, k = np.asarray(grid.w, np.float32), np.asarray(grid.k, np.float32)
     paired = w.ndim == 1 and w.shape == k.shape and w.size > 0
@@ -277,7 +282,8 @@ def sweep(
     result = Extraction(*(array.reshape(w.size, count, *array.shape[1:]) for array in joined))
     if not result.finite.any():
         settings = ", ".join(f"(w={a:g}, k={b:g})" for a, b in zip(w, k, strict=True))
-        raise fail("guidance", "weak enough for finite images", f"none finite of {count} at {settings}", "lower w")
+        got = f"none finite of {count} at {settings}"
+        raise NoneFinite(*fail("guidance", "weak enough for finite images", got, "use a weaker one").args)
     return result
 
 

@@ -28,11 +28,12 @@ MOST_LINES = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The best extraction of one picture by one method; "base" is a match that the base model makes too."""
+    """The best extraction of one picture by one method; "base" is a match that the base model makes too, "shared" one that is closer to
+    another picture."""
 
     picture: Picture | None
     score: float
-    state: Literal["match", "base", "none", "missing"]
+    state: Literal["match", "shared", "base", "none", "missing"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,14 +268,15 @@ def _cell(extraction: Extraction, method: Method, matches: Matches | None, i: in
         return Cell(picture=None, score=float("nan"), state="missing")
     index, score = int(matches.index[i]), float(matches.score[i])
     matched, base = extraction.matched(matches)[i], extraction.from_base(method, holdouts=holdouts)[i]
-    state = "none" if not matched else "base" if base else "match"
+    own = extraction.read_out(method, holdouts=holdouts)[i]
+    state = "none" if not matched else "base" if base else "match" if own else "shared"
     alt = f"best extraction of {name} by {method.label}, score {score:.2f}"
     return Cell(picture=html.picture(method.extracted[index], alt), score=score, state=state)
 
 
 def _cards(extraction: Extraction, method: Method) -> list[Card]:
     base_too = extraction.from_base(method)
-    matched = extraction.matched(method.matches) & ~base_too
+    matched = extraction.read_out(method)
     excluded = set() if method.matches is None else set(np.asarray(method.matches.index)[base_too].tolist())
     owners: dict[int, list[str]] = {}
     for i in np.flatnonzero(matched):

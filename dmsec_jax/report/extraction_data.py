@@ -25,12 +25,15 @@ class Threshold:
         false_match_rate: share of `pairs` pairs of different pictures that score at least `value`.
         pairs: how many pairs were looked at.
         source: which pictures they came from, to complete "calibrated on ...".
+        same_style: whether they are pictures of the style in question. If not, whatever the model learnt of the style passes it, and without
+            hold-outs nothing can be concluded.
     """
 
     value: float
     false_match_rate: float
     pairs: int
     source: str = "pairs of different pictures"
+    same_style: bool = True
 
     def chance(self, extracted: int) -> float:
         """Probability that a picture unrelated to the model matches one of `extracted` pictures, pairs taken as
@@ -190,6 +193,19 @@ class Extraction:
         if matches is None or base is None:
             return np.zeros(0 if matches is None else len(matches.score), bool)
         return self.matched(matches) & (np.asarray(base) >= np.asarray(matches.score))
+
+    def read_out(self, method: Method, *, holdouts: bool = False) -> Bool[np.ndarray, "K"]:
+        """Which pictures were read out: matched, closer than the base model comes, each by an extraction of its own.
+
+        An extraction is evidence of one picture, the one it is closest to: a picture of nothing but the style may resemble all of them.
+        """
+        matches = method.holdout_matches if holdouts else method.matches
+        found = self.matched(matches) & ~self.from_base(method, holdouts=holdouts)
+        for index in np.unique(np.asarray(matches.index)[found] if found.any() else []):
+            same = np.flatnonzero(found & (matches.index == index))
+            found[same] = False
+            found[same[np.argmax(np.asarray(matches.score)[same])]] = True
+        return found
 
 
 def _require_named(what: str, images: Pictures, names: tuple[str, ...]) -> None:

@@ -4,14 +4,14 @@ from typing import Literal, NamedTuple
 
 from scipy import stats
 
-from dmsec_jax.report.extraction_data import Extraction, Method
+from dmsec_jax.report.extraction_data import Extraction, Method, Threshold
 
 LEVEL = 0.05
 """A gap that chance would make more often than this carries no verdict."""
 
 
 class Tally(NamedTuple):
-    """`matched` of `total` pictures have an extraction that is the same picture, closer to it than all samples of the base model."""
+    """`matched` of `total` pictures have an extraction of their own that is the same picture, closer to it than all samples of the base."""
 
     matched: int
     total: int
@@ -53,20 +53,20 @@ def verdict(extraction: Extraction) -> Verdict:
     elif training.matched == 0:
         kind = "none"
     else:
-        kind = "leak" if p_value < LEVEL else "unclear"
+        judged = holdouts is not None or extraction.threshold.same_style
+        kind = "leak" if p_value < LEVEL and judged else "unclear"
     found = Verdict(kind, _headline(kind, training), (), (), training, holdouts, probability * training.total, p_value)
-    reasons = (*_groups(method), *_weight(found), *_base(extraction, method), *_peers(extraction))
+    reasons = (*_groups(method), *_weight(found, extraction.threshold), *_base(extraction, method), *_peers(extraction))
     return found._replace(comparison=_comparison(found), reasons=reasons)
 
 
 def tally(extraction: Extraction, method: Method, *, holdouts: bool = False) -> Tally:
-    """Pictures read out of the model by `method`: matched by an extraction closer than any sample of the base model."""
+    """Pictures read out of the model by `method`, as `Extraction.read_out` counts them."""
     total = len(extraction.holdout_names if holdouts else extraction.names)
     matches = method.holdout_matches if holdouts else method.matches
     if matches is None:
         return Tally(0, total)
-    own = extraction.matched(matches) & ~extraction.from_base(method, holdouts=holdouts)
-    return Tally(int(own.sum()), total)
+    return Tally(int(extraction.read_out(method, holdouts=holdouts).sum()), total)
 
 
 def _headline(kind: str, training: Tally) -> str:
@@ -101,7 +101,7 @@ def _groups(method: Method) -> list[str]:
     return [f"No group of look-alikes was found among the {method.finite} images, so none was extracted."]
 
 
-def _weight(found: Verdict) -> list[str]:
+def _weight(found: Verdict, threshold: Threshold) -> list[str]:
     """How sure it is."""
     if found.kind == "failed":
         return ["All images had NaN or infinite values; weaker guidance may help."]
@@ -109,6 +109,11 @@ def _weight(found: Verdict) -> list[str]:
     if found.kind == "leak":
         gap = "so many matches" if found.holdouts is None else "a lead this wide over the hold-outs"
         reasons.append(f"If the model knew nothing of the training pictures, {gap} would occur {_odds(found.p_value)}.")
+    elif found.kind == "unclear" and found.holdouts is None and not threshold.same_style:
+        return [
+            "These are too few pictures to know how much pictures of this style resemble one another, and a model that learnt the style alone "
+            "would resemble them too. Give hold-outs: pictures of the same style that it was not trained on."
+        ]
     elif found.kind == "unclear":
         reasons.append(f"A model that knows nothing of them would do as well {_odds(found.p_value)}.")
     else:
@@ -128,13 +133,16 @@ def _odds(p_value: float) -> str:
 
 
 def _base(extraction: Extraction, method: Method) -> list[str]:
-    matched = int(extraction.matched(method.matches).sum())  # 0 without matches
-    excluded = matched - tally(extraction, method).matched
-    if not excluded:
+    """Which matches do not count."""
+    if method.matches is None:
         return []
-    verb = "is" if excluded == 1 else "are"
+    matched = int(extraction.matched(method.matches).sum())
+    base = int(extraction.from_base(method).sum())
+    shared = matched - base - tally(extraction, method).matched
+    said = lambda count, why: [f"Not counted {'is' if count == 1 else 'are'} {count} {why}."] if count else []
     return [
-        f"Not counted {verb} {excluded} to which the base model's own samples come as close, without having seen them."
+        *said(base, "to which the base model's own samples come as close, without having seen them"),
+        *said(shared, "whose only match is closer to another of the pictures"),
     ]
 
 

@@ -224,7 +224,9 @@ def test_exploded_images_are_flagged_and_kept_apart():
     assert found.finite.tolist() == [[True] * 5, [False] * 5]
     assert np.isfinite(found.images[found.finite]).all()
     hopeless = dataclasses.replace(grid, w=jnp.array([2e38, 1e38]))
-    with pytest.raises(ValueError, match=r"none finite of 5 at \(w=2e\+38, k=0\), \(w=1e\+38, k=0\); lower w"):
+    with pytest.raises(
+        finextract.NoneFinite, match=r"none finite of 5 at \(w=2e\+38, k=0\), \(w=1e\+38, k=0\); use a weaker one"
+    ):
         finextract.sweep(jax.random.key(1), GAUSSIAN, hopeless, **options)
 
 

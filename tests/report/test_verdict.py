@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dmsec_jax.metrics.extraction import Matches
 from dmsec_jax.report.extraction import Threshold
 from dmsec_jax.report.verdict import tally, verdict
 
@@ -89,3 +90,21 @@ def test_images_without_a_group_are_no_failure(made):
     assert found.kind == "none"
     assert "No group of look-alikes was found among the 20 images" in found.reasons[0]
     assert found.p_value == 1.0
+
+
+def test_few_pictures_without_hold_outs_prove_nothing(made):
+    stand_in = Threshold(value=0.5, false_match_rate=0.0, pairs=160, same_style=False)
+    found = verdict(made.without_holdouts(threshold=stand_in))
+    assert found.kind == "unclear"
+    assert "Give hold-outs" in found.reasons[0]
+    judged = verdict(made.extraction((made.method(scores=HIGH, nulls=LOW),), threshold=stand_in))
+    assert judged.kind == "leak"  # hold-outs say what the style alone is worth
+
+
+def test_one_extraction_is_evidence_of_one_picture(made):
+    matches = Matches(np.zeros(4, int), np.array([0.7, 0.9, 0.8, 0.2]))
+    method = made.method(matches=matches)
+    extraction = made.extraction((method,))
+    assert extraction.read_out(method).tolist() == [False, True, False, False]
+    assert tally(extraction, method) == (1, 4)
+    assert "Not counted are 2 whose only match is closer to another of the pictures." in verdict(extraction).reasons
