@@ -57,7 +57,7 @@ def verdict(extraction: Extraction) -> Verdict:
         kind = "leak" if p_value < LEVEL and judged else "unclear"
     found = Verdict(kind, _headline(kind, training), (), (), training, holdouts, probability * training.total, p_value)
     reasons = (*_groups(method), *_weight(found, extraction.threshold), *_base(extraction, method), *_peers(extraction))
-    return found._replace(comparison=_comparison(found), reasons=reasons)
+    return found._replace(comparison=_comparison(found, extraction.threshold), reasons=reasons)
 
 
 def tally(extraction: Extraction, method: Method, *, holdouts: bool = False) -> Tally:
@@ -85,8 +85,8 @@ def _headline(kind: str, training: Tally) -> str:
     return f"{which} can be read out of this model."
 
 
-def _comparison(found: Verdict) -> tuple[str, ...]:
-    if found.kind == "failed":
+def _comparison(found: Verdict, threshold: Threshold) -> tuple[str, ...]:
+    if found.kind == "failed" or (found.holdouts is None and not threshold.same_style):
         return ()
     amount = "fewer than 0.1" if found.chance < 0.1 else f"about {found.chance:.1f}"
     chance = f"Of unrelated pictures {amount} of {found.training.total} would match by accident."
