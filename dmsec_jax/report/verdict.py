@@ -48,14 +48,14 @@ def verdict(extraction: Extraction) -> Verdict:
     else:
         table = [[t.matched, t.total - t.matched] for t in (training, holdouts)]
         p_value = float(stats.fisher_exact(table, alternative="greater").pvalue)
+    stands_alone = holdouts is not None or extraction.threshold.same_style
     if method.finite == 0:
         kind = "failed"
     elif training.matched == 0:
         kind = "none"
     else:
-        judged = holdouts is not None or extraction.threshold.same_style
-        kind = "leak" if p_value < LEVEL and judged else "unclear"
-    found = Verdict(kind, _headline(kind, training), (), (), training, holdouts, probability * training.total, p_value)
+        kind = "leak" if p_value < LEVEL and stands_alone else "unclear"
+    found = Verdict(kind, _headline(kind, training, stands_alone), (), (), training, holdouts, probability * training.total, p_value)
     reasons = (*_groups(method), *_weight(found, extraction.threshold), *_base(extraction, method), *_peers(extraction))
     return found._replace(comparison=_comparison(found, extraction.threshold), reasons=reasons)
 
@@ -69,7 +69,7 @@ def tally(extraction: Extraction, method: Method, *, holdouts: bool = False) -> 
     return Tally(int(extraction.read_out(method, holdouts=holdouts).sum()), total)
 
 
-def _headline(kind: str, training: Tally) -> str:
+def _headline(kind: str, training: Tally, stands_alone: bool) -> str:
     one, every = training.total == 1, training.matched == training.total
     if kind == "failed":
         return "Nothing could be sampled from this model, so nothing can be said."
@@ -81,7 +81,8 @@ def _headline(kind: str, training: Tally) -> str:
     many = training.matched > 1
     if kind == "unclear":
         verb = "have look-alikes" if many else "has a look-alike"
-        return f"{which} {verb} among the extractions, but that is no evidence."
+        but = "but that is no evidence" if stands_alone else "which proves nothing without hold-outs"
+        return f"{which} {verb} among the extractions, {but}."
     return f"{which} can be read out of this model."
 
 
