@@ -55,7 +55,9 @@ def verdict(extraction: Extraction) -> Verdict:
         kind = "none"
     else:
         kind = "leak" if p_value < LEVEL and stands_alone else "unclear"
-    found = Verdict(kind, _headline(kind, training, stands_alone), (), (), training, holdouts, probability * training.total, p_value)
+    found = Verdict(
+        kind, _headline(kind, training, stands_alone), (), (), training, holdouts, probability * training.total, p_value
+    )
     reasons = (*_groups(method), *_weight(found, extraction.threshold), *_base(extraction, method), *_peers(extraction))
     return found._replace(comparison=_comparison(found, extraction.threshold), reasons=reasons)
 

@@ -96,6 +96,11 @@ def test_few_pictures_without_hold_outs_prove_nothing(made):
     stand_in = Threshold(value=0.5, false_match_rate=0.0, pairs=160, same_style=False)
     found = verdict(made.without_holdouts(threshold=stand_in))
     assert found.kind == "unclear"
+    assert (
+        found.headline
+        == "3 of 4 training pictures have look-alikes among the extractions, which proves nothing without hold-outs."
+    )
+    assert found.comparison == ()
     assert "Give hold-outs" in found.reasons[0]
     judged = verdict(made.extraction((made.method(scores=HIGH, nulls=LOW),), threshold=stand_in))
     assert judged.kind == "leak"  # hold-outs say what the style alone is worth
