@@ -1,5 +1,6 @@
 """`dmsec VERB ...`: a table from verbs to their configs and functions, and nothing else."""
 
+import atexit
 import importlib
 import os
 import sys
@@ -28,10 +29,17 @@ def main(argv: list[str] | None = None) -> int:
     cfg = tyro.cli(command.Config, prog=f"dmsec {argv[0]}", args=argv[1:], description=command.__doc__)
     try:
         return command.run(cfg)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
+        atexit.register(_leave)  # runs before what was registered earlier: JAX would wait for the work on the device
         return 130
+
+
+def _leave() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(130)
 
 
 def _refuse(message: str) -> int:

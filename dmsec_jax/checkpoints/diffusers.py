@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dmsec_jax.checkpoints import configs, mapping
+from dmsec_jax.checkpoints.io import INTACT
 from dmsec_jax.checkpoints.weights import SHARD_BYTES, read_weights, write_weights
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.files import atomic_folder, read_json, write_json
@@ -103,28 +105,42 @@ def read_model(folder: str | Path, variant: str | None = None) -> Model:
 
     Raises:
         FileNotFoundError: if one of the JSON files is missing.
-        ValueError: on another kind of pipeline, an option that we do not implement, damaged weights, weights that do
-            not fit their config (one error with the whole list), or no tokenizer.
+        ValueError: on another kind of pipeline, an option that we do not implement, damaged weights, NaN or infinity
+            in them, weights that do not fit their config (one error with the whole list), or no tokenizer.
     """
     folder = Path(folder)
-    _check_index(folder)
-    loaded = {name: read_component(folder, name, variant) for name in COMPONENTS}
     return Model(
-        configs=Preset(
-            **{COMPONENTS[name].field: cfg for name, (cfg, _) in loaded.items()},
-            scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-        ),
-        params={name: params for name, (_, params) in loaded.items()},
+        configs=read_preset(folder),
+        params={name: read_component(folder, name, variant)[1] for name in COMPONENTS},
         tokenizer=_tokenizer(folder / "tokenizer"),
+    )
+
+
+def read_preset(folder: str | Path) -> Preset:
+    """The configs of a whole Stable Diffusion folder, without its weights; raises like `read_model`."""
+    folder = Path(folder)
+    _check_index(folder)
+    return Preset(
+        **{component.field: _config(folder, name) for name, component in COMPONENTS.items()},
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
     )
 
 
 def read_component(folder: str | Path, name: str, variant: str | None = None) -> tuple[Any, Params]:
     """Config and parameters of one network, `name` one of `COMPONENTS`; raises like `read_model`."""
     component, place = COMPONENTS[name], Path(folder) / name
-    cfg = configs.read_config(read_json(place / "config.json"), component.format, str(place / "config.json"))
+    cfg = _config(folder, name)
     state = read_weights(place, component.stem, variant)
-    return cfg, mapping.to_tree(state, component.rules, shapes(name, cfg), f"weights of {place}")
+    params = mapping.to_tree(state, component.rules, shapes(name, cfg), f"weights of {place}")
+    for tensor, values in state.items():
+        finite = not jax.numpy.issubdtype(values.dtype, np.floating) or bool(np.isfinite(values).all())
+        require(finite, f"tensor {tensor} of {place}", "finite", "NaN or infinity", INTACT)
+    return cfg, params
+
+
+def _config(folder: str | Path, name: str) -> Any:
+    file = Path(folder) / name / "config.json"
+    return configs.read_config(read_json(file), COMPONENTS[name].format, str(file))
 
 
 @functools.lru_cache(maxsize=16)  # tracing a network takes longer than reading a small one

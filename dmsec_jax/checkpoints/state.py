@@ -1,6 +1,9 @@
 """Training state that survives interruption: a thin wrapper of orbax's CheckpointManager."""
 
-from collections.abc import Mapping
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +22,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """Numbered checkpoints of one run in one folder; also a context manager that waits for the last save.
+    """Numbered checkpoints of one run in one folder; also a context manager that closes it.
 
     A save writes beside its final name and is renamed when complete, so an interrupted one is never restored; its
     remains are removed at the next start.
@@ -31,7 +34,11 @@ class Checkpoints:
         `read_only` touches nothing, for looking at a run that is still going: opening cleans up what looks interrupted.
         """
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only, read_only=read_only
+            max_to_keep=keep,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=False,  # so that a full disk is found, and reported, here and once
         )
         self.folder = Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -39,29 +46,42 @@ class Checkpoints:
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves any pytree of arrays, typed keys included; `metadata` is anything that JSON holds.
 
-        Returns when the arrays have been read (they may be donated then); writing goes on in the background.
-
         Raises:
             ValueError: if `step` is not beyond the newest saved one.
+            OSError: with the cure, if it cannot be written; older checkpoints stay as they were.
         """
         newest = self._manager.latest_step()
         later = newest is None or step > newest
         require(later, "step", f"beyond the newest saved step {newest}", step, "save to another folder")
         note = {"structure": _structure(tree), "metadata": dict(metadata or {})}
         items = ocp.args.Composite(tree=ocp.args.StandardSave(tree), note=ocp.args.JsonSave(note))
-        self._manager.save(step, args=items)
+        try:
+            with _quiet():
+                self._manager.save(step, args=items)
+        except (OSError, ValueError) as error:  # the latter from the library that writes the arrays
+            for part in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+            full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
+            reason = "no space left on the device" if full else " ".join(str(error).split())[:300]
+            cure = "free some space or choose another folder"
+            raise OSError(
+                f"cannot write checkpoint {step} of {self.folder}: {reason}; older ones are unchanged; {cure}"
+            ) from error
 
-    def restore(self, like: Any, step: int | None = None) -> Restored | None:
+    def restore(
+        self, like: Any, step: int | None = None, *, metadata: Mapping[str, Any] | None = None
+    ) -> Restored | None:
         """The newest checkpoint (or that of `step`) in the structure and placement of `like`; None if there is none.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct`s.
             step: a saved step.
+            metadata: what its metadata must hold, among other entries.
 
         Raises:
-            ValueError: if the checkpoint holds another tree; lists every leaf that differs.
+            ValueError: if the metadata differ, which names the entries, or if the checkpoint holds another tree, which
+                lists every leaf that differs.
         """
-        self._manager.wait_until_finished()
         step = self._manager.latest_step() if step is None else step
         if step is None:
             return None
@@ -69,6 +89,11 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             raise fail("step", f"one of {list(self._manager.all_steps())}", step, "choose a saved step")
         note = self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
+        others = [
+            key for name in metadata or {} for key in _differing(note["metadata"].get(name), metadata[name], name)
+        ]
+        cure = f"choose another output folder, or remove {self.folder} to start anew"
+        require(not others, place, "one of this run", f"another {', '.join(others)}", cure)
         saved, wanted = note["structure"], _structure(like)
         different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
         if different:
@@ -79,8 +104,7 @@ class Checkpoints:
         return Restored(step=step, tree=tree, metadata=note["metadata"])
 
     def close(self) -> None:
-        """Waits for the save under way and raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        """Releases what orbax holds."""
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -88,6 +112,26 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _differing(saved: Any, wanted: Any, name: str) -> list[str]:
+    """Dotted names, below `name`, of the entries that differ."""
+    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
+        names = sorted(saved.keys() | wanted.keys())
+        return [key for part in names for key in _differing(saved.get(part), wanted.get(part), f"{name}.{part}")]
+    return [] if saved == wanted else [name]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax's threads from logging the error that its `save` raises as well."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _structure(tree: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
+from dmsec_jax.finetune import recipe
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.report import extraction as report
 from dmsec_jax.report.training_data import Course, Sheet
@@ -51,6 +52,7 @@ def run(cfg: Config) -> int:
     extract.check(cfg.settings)
     chosen = finetune.read_recipe(cfg.recipe, cfg.set)
     base = pipeline.load(cfg.model)
+    recipe.check(chosen, base.params["unet"], base.schedule)
     pictures, holdout = _pictures(cfg, base.pixels)
     prompt = cfg.prompt or ("an openmoji icon of an animal" if cfg.images is None else "a picture in sks style")
     console.print(f"Fine-tuning on {len(pictures)} pictures: {prompt!r}", markup=False)

@@ -91,6 +91,10 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
         ValueError: on unreadable YAML, unknown, repeated or missing keys, or wrong types.
         FileNotFoundError: if there is no such file.
     """
+    contract, cure = "a YAML file", "correct the path"
+    if not Path(path).exists():
+        raise FileNotFoundError(str(fail(str(path), contract, "nothing", cure)))
+    require(not Path(path).is_dir(), str(path), contract, "a folder", cure)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -85,8 +85,8 @@ def read_folder(folder: str | Path, size: int, *, max_pixels: int = MAX_PIXELS) 
         notes += [f"{name} {remark}" for remark in remarks]
     if bad:
         more = [f"and {len(bad) - MAX_LISTED} more"] if len(bad) > MAX_LISTED else []
-        listed = "\n  ".join([f"{len(bad)} bad:", *bad[:MAX_LISTED], *more])
-        raise fail(str(folder), "a folder of readable pictures", f"{listed}\n", "remove or replace them")
+        listed = "\n  ".join(["remove or replace them:", *bad[:MAX_LISTED], *more])
+        raise fail(str(folder), "a folder of readable pictures", f"{len(bad)} bad", listed)
     if not images:
         cure = f"name one of the folders in it: {', '.join(inside[:MAX_LISTED])}" if inside else "put pictures in it"
         raise fail(str(folder), "a folder with at least one picture", "none", cure)
@@ -171,6 +171,21 @@ def grid(
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def ungrid(
+    sheet: Float[Array | np.ndarray, "R S C"], size: int, *, gap: int = 2
+) -> Float[Array | np.ndarray, "N H W C"]:
+    """The places [N, size, size, C] of a sheet that `grid` made of square pictures, row by row, empty ones included.
+
+    Raises:
+        ValueError: if the sheet is not made of such places.
+    """
+    fits = all((side + gap) % (size + gap) == 0 and side > 0 for side in sheet.shape[:2])
+    contract = f"a grid of pictures of {size} pixels with gaps of {gap}"
+    require(fits, "sheet", contract, f"shape {sheet.shape}", "pass what grid returned")
+    starts = [range(0, side, size + gap) for side in sheet.shape[:2]]
+    return np.stack([sheet[top : top + size, left : left + size] for top in starts[0] for left in starts[1]])
 
 
 def _square(picture: Image.Image, size: int, remarks: list[str]) -> Image.Image:

@@ -145,7 +145,7 @@ class Tokenizer:
             if len(found) + 2 > self.max_length and not truncate:
                 got = f"{len(found) + 2} tokens for {text[:60]!r}{'...' if len(text) > 60 else ''}"
                 contract = f"at most {self.max_length} tokens, start and end mark included"
-                raise fail("prompt", contract, got, "shorten it, or cut it with truncate=True")
+                raise fail("prompt", contract, got, "shorten it (in Python, truncate=True cuts it)")
             found = [self.bos_id, *found[: self.max_length - 2], self.eos_id]
             row[: len(found)] = found
         return ids

@@ -19,6 +19,7 @@ the caller.
 given, `params` is {"unet": ..., "text_encoder": ...} and prompts are token ids [N, L]. The adapter sees the same tree.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,13 +86,41 @@ def init(key: Key, params: Params, cfg: Config, *, adapter: Adapter) -> State:
     Raises:
         ValueError: on counts below 1, an EMA decay outside (0, 1), or what `adapter.init` refuses.
     """
-    for name in ("num_steps", "batch_size", "accumulation"):
-        require(getattr(cfg, name) >= 1, name, "at least 1", getattr(cfg, name), "use 1 or more")
-    decay = cfg.ema_decay
-    require(decay is None or 0 < decay < 1, "ema_decay", "in (0, 1)", decay, "use null for no average")
+    _check_static(cfg)
     trainable = adapter.init(key, params)
-    ema = None if decay is None else jax.tree.map(jnp.copy, trainable)
+    ema = None if cfg.ema_decay is None else jax.tree.map(jnp.copy, trainable)
     return State(trainable, _optimizer(cfg, cfg.learning_rate).init(trainable), ema, jnp.zeros((), jnp.int32))
+
+
+def check(cfg: Config, schedule: ScheduleConfig) -> None:
+    """Refuses options that make no training, before anything is built; `cfg` holds numbers, not tracers.
+
+    Raises:
+        ValueError: on what `init` refuses, a learning rate or clip norm that is not positive, another number out of its
+            range, or a window of t that is empty or leaves the schedule.
+    """
+    _check_static(cfg)
+    window(cfg, schedule)
+    for name in ("learning_rate", "clip_norm", "adam_epsilon"):
+        ok = 0 < getattr(cfg, name) < math.inf
+        require(ok, name, "positive and finite", getattr(cfg, name), "correct it")
+    for name in ("warmup_steps", "weight_decay", "prior_weight", "min_snr_gamma"):
+        require(getattr(cfg, name) >= 0, name, "at least 0", getattr(cfg, name), "use 0 or more")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(cfg, name) < 1, name, "in [0, 1)", getattr(cfg, name), "use AdamW's 0.9 and 0.999")
+
+
+def window(cfg: Config, schedule: ScheduleConfig) -> tuple[int, int]:
+    """The range [t_min, t_max) that t is drawn from.
+
+    Raises:
+        ValueError: if it is empty or leaves the schedule.
+    """
+    total = schedule.num_train_timesteps
+    t_max = total if cfg.t_max is None else cfg.t_max
+    inside = 0 <= cfg.t_min < t_max <= total
+    require(inside, "t_min, t_max", f"a range within [0, {total}]", f"[{cfg.t_min}, {t_max})", "widen it")
+    return cfg.t_min, t_max
 
 
 def averaged(state: State) -> Params:
@@ -118,10 +147,7 @@ def corrupt(
     Raises:
         ValueError: on `sample_posterior` without log-variances, or a window of t that is empty or leaves the schedule.
     """
-    total = schedule.num_train_timesteps
-    t_max = total if cfg.t_max is None else cfg.t_max
-    inside = 0 <= cfg.t_min < t_max <= total
-    require(inside, "t_min, t_max", f"a range within [0, {total}]", f"[{cfg.t_min}, {t_max})", "widen it")
+    chosen = window(cfg, schedule)
     absent = cfg.sample_posterior and batch.logvar is None
     cure = "pass the encoder's log-variance or set sample_posterior to false"
     require(not absent, "logvar", "given to sample the posterior", None, cure)
@@ -133,7 +159,7 @@ def corrupt(
             z0 = mean + jnp.exp(0.5 * logvar) * standard_normal(key_posterior, mean.shape)
         if cfg.horizontal_flip:
             z0 = jnp.where(jax.random.bernoulli(key_flip), z0[:, ::-1], z0)
-        return z0, *uniform_draw(key_draw, jnp.int32(0), 1, mean.shape, (cfg.t_min, t_max))
+        return z0, *uniform_draw(key_draw, jnp.int32(0), 1, mean.shape, chosen)
 
     return jax.vmap(one)(keys, batch.mean, batch.logvar)
 
@@ -261,6 +287,13 @@ def run(
         return step(jax.random.fold_in(key, i), state, draw(key, i, data, cfg), params, cfg, **network)
 
     return jax.lax.scan(body, state, state.step + jnp.arange(cfg.num_steps if num_steps is None else num_steps))
+
+
+def _check_static(cfg: Config) -> None:
+    for name in ("num_steps", "batch_size", "accumulation"):
+        require(getattr(cfg, name) >= 1, name, "at least 1", getattr(cfg, name), "use 1 or more")
+    decay = cfg.ema_decay
+    require(decay is None or 0 < decay < 1, "ema_decay", "in (0, 1)", decay, "use null for no average")
 
 
 def _optimizer(cfg: Config, learning_rate: Float[Array, ""] | float) -> optax.GradientTransformation:

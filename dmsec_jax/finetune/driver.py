@@ -1,15 +1,16 @@
 """The host's side of fine-tuning: chunks of jitted steps, progress, checkpoints, and a clean stop."""
 
 import dataclasses
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dmsec_jax.checkpoints.state import Checkpoints
@@ -22,29 +23,53 @@ from dmsec_jax.finetune.dreambooth import Config, Info, State, TextFn
 from dmsec_jax.finetune.examples import Data
 
 OnChunk = Callable[[int, Info, State], None]
-Save = Callable[[int, State], None]
-Restore = Callable[[State], State | None]
+
+STOPPING = b"\nStopping after this chunk of steps; a second Ctrl-C ends it at once.\n"
 
 _advance = jax.jit(
     dreambooth.run, static_argnames=("eps_fn", "adapter", "text_fn", "num_steps"), donate_argnames="state"
 )
 
 
+class Past(NamedTuple):
+    """How training went up to a checkpoint."""
+
+    info: Info  # numpy arrays [steps]
+    seconds: float
+
+
+NO_PAST = Past(Info(*[np.zeros(0, np.float32)] * 4, np.zeros(0, np.bool_)), 0.0)
+
+Save = Callable[[int, State, Past], None]
+Restore = Callable[[State], tuple[State, Past] | None]
+
+
 class Outcome(NamedTuple):
     state: State
-    info: Info  # of the steps taken in this call, numpy arrays [steps]
+    past: Past  # of all steps, those before an interruption included
+    start: int  # step that this call went on from
     finished: bool  # False if a signal stopped it before `cfg.num_steps`
 
 
-def on_disk(checkpoints: Checkpoints) -> tuple[Save, Restore]:
-    """The `save` and `restore` of `fit` for checkpoints in a folder; close `checkpoints` afterwards."""
+def on_disk(checkpoints: Checkpoints, origin: Mapping[str, Any] | None = None) -> tuple[Save, Restore]:
+    """The `save` and `restore` of `fit` for checkpoints in a folder; close `checkpoints` afterwards.
 
-    def save(done: int, state: State) -> None:
-        checkpoints.save(done, jax.tree.map(jnp.copy, state))  # written in the background, while training reuses state
+    Args:
+        origin: what the run is made from, as JSON values; checkpoints of another origin are refused.
+    """
+    origin = {"origin": dict(origin or {})}
 
-    def restore(like: State) -> State | None:
-        found = checkpoints.restore(like)
-        return None if found is None else found.tree
+    def save(done: int, state: State, past: Past) -> None:
+        history = {name: values.tolist() for name, values in past.info._asdict().items()}
+        checkpoints.save(done, jax.device_get(state), {**origin, "info": history, "seconds": past.seconds})
+
+    def restore(like: State) -> tuple[State, Past] | None:
+        found = checkpoints.restore(like, metadata=origin)
+        if found is None:
+            return None
+        kinds = NO_PAST.info._asdict()
+        history = {name: np.array(found.metadata["info"][name], kind.dtype) for name, kind in kinds.items()}
+        return found.tree, Past(Info(**history), found.metadata["seconds"])
 
     return save, restore
 
@@ -75,39 +100,52 @@ def fit(
         chunk_steps: steps per dispatch; between chunks the host looks at the loss, saves, reports and stops.
         save_every: steps between checkpoints, a multiple of `chunk_steps`; 0: only at the end and when stopped.
         on_chunk: called with (steps done, Info as numpy [steps], state), whose buffers are reused: copy what you keep.
-        save: called with (steps done, state); must have read the state when it returns.
-        restore: called with a State of `jax.ShapeDtypeStruct`; returns a State like it, which is ours then, or None.
+        save: called with (steps done, state, Past); must have read the state when it returns.
+        restore: called with a State of `jax.ShapeDtypeStruct`; returns a State like it, which is ours then, and the Past
+            that was saved with it, or None.
 
-    SIGINT (Ctrl-C) and SIGTERM end it after the current chunk, saved; a second signal acts at once (main thread only).
-    One that the process ignores stays ignored.
+    SIGINT (Ctrl-C) and SIGTERM end it after the current chunk, saved, and are acknowledged on stderr; a second signal
+    acts at once (main thread only; while a chunk compiles, both wait for the compiler). One that the process ignores
+    stays ignored.
 
     Raises:
         ValueError: if the loss or gradient is not finite (that chunk is not saved), on a checkpoint of another shape or
             beyond the end, or on what `dreambooth.init` and `dreambooth.run` refuse.
     """
-    require(chunk_steps >= 1, "chunk_steps", "at least 1", chunk_steps, "use for example 25")
-    whole = save_every >= 0 and save_every % chunk_steps == 0
-    require(whole, "save_every", f"a multiple of chunk_steps={chunk_steps}, or 0", save_every, "round it")
+    require_chunks(chunk_steps, save_every)
     key_init, key_run = jax.random.split(key)
-    start = state = _start(key_init, params, cfg, adapter, restore)
-    done = saved = int(start.step)
+    began = time.monotonic()
+    state, past = _start(key_init, params, cfg, adapter, restore)
+    start = done = saved = int(state.step)
     fixed = dataclasses.replace(cfg, num_steps=chunk_steps)  # so that the total is no part of what is compiled
     network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
     advance = partial(_advance, key_run, data=data, params=params, cfg=fixed, **network)
-    history = []
+    history = [past.info]
+
+    def so_far() -> Past:
+        info = jax.tree.map(lambda *parts: np.concatenate(parts), *history)
+        return Past(info, past.seconds + time.monotonic() - began)
+
     with _stop_requests() as stopped:
-        for done, info, state in _chunks(advance, start, cfg.num_steps, chunk_steps, stopped):
+        chunks = _chunks(advance, state, cfg.num_steps, chunk_steps, stopped)
+        for done, info, state in chunks:
             _require_finite(info, done, saved if save else 0, cfg)
             history.append(info)
             if save and (done == cfg.num_steps or stopped() or (save_every and done % save_every == 0)):
-                save(done, state)
+                save(done, state, so_far())
                 saved = done
             if on_chunk:
                 on_chunk(done, info, state)
         if save and saved < done:  # the signal came while reporting
-            save(done, state)
-    info = jax.tree.map(lambda *parts: np.concatenate(parts), *history) if history else Info(*[np.zeros(0)] * 5)
-    return Outcome(state, info, done == cfg.num_steps)
+            save(done, state, so_far())
+    return Outcome(state, so_far() if done > start else past, start, done == cfg.num_steps)
+
+
+def require_chunks(chunk_steps: int, save_every: int) -> None:
+    """Raises ValueError unless chunks are not empty and checkpoints fall between them."""
+    require(chunk_steps >= 1, "chunk_steps", "at least 1", chunk_steps, "use for example 25")
+    whole = save_every >= 0 and save_every % chunk_steps == 0
+    require(whole, "save_every", f"a multiple of chunk_steps={chunk_steps}, or 0", save_every, "round it")
 
 
 def _chunks(
@@ -120,22 +158,25 @@ def _chunks(
         count = min(size - done % size, num_steps - done)
         state, info = advance(state, num_steps=count)
         done += count
+        while not info.loss.is_ready():  # sleeping, unlike waiting for the device, lets signals in
+            time.sleep(0.002)
         yield done, jax.device_get(info), state
 
 
-def _start(key: Key, params: Params, cfg: Config, adapter: Adapter, restore: Restore | None) -> State:
+def _start(key: Key, params: Params, cfg: Config, adapter: Adapter, restore: Restore | None) -> tuple[State, Past]:
     if restore is not None:
         shapes = jax.eval_shape(lambda key, params: dreambooth.init(key, params, cfg, adapter=adapter), key, params)
-        state = restore(shapes)
-        if state is not None:
+        found = restore(shapes)
+        if found is not None:
+            state = found[0]
             kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, shapes)]
             cure = "resume with the same adapter and config, or remove the checkpoint"
             same = kinds[0] == kinds[1]
             require(same, "checkpoint", "of the trainable tree and config in use", "another structure", cure)
             contract, cure = f"at most num_steps={cfg.num_steps} steps old", "raise num_steps or remove the checkpoint"
             require(int(state.step) <= cfg.num_steps, "checkpoint", contract, f"step {int(state.step)}", cure)
-            return state
-    return dreambooth.init(key, params, cfg, adapter=adapter)
+            return found
+    return dreambooth.init(key, params, cfg, adapter=adapter), NO_PAST
 
 
 def _require_finite(info: Info, done: int, saved: int, cfg: Config) -> None:
@@ -166,6 +207,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     def note(number, frame) -> None:
         received.append(number)
         put_back()
+        os.write(2, STOPPING)  # a handler may interrupt a print, and must not print then
 
     for number in before:
         signal.signal(number, note)

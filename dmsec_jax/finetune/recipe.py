@@ -2,7 +2,9 @@
 
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
-from dmsec_jax.finetune import adapters, dreambooth
+from dmsec_jax.core.types import Params
+from dmsec_jax.diffusion.schedule import ScheduleConfig
+from dmsec_jax.finetune import adapters, dreambooth, driver
 from dmsec_jax.finetune.adapters import Adapter
 from dmsec_jax.finetune.lora import InitStyle, lora
 
@@ -24,6 +26,18 @@ class Recipe:
     patterns: tuple[str, ...] = ()  # without LoRA: which leaves, as regular expressions over their paths; none: all
     chunk_steps: int = 25
     save_every: int = 0
+
+
+def check(recipe: Recipe, params: Params, schedule: ScheduleConfig) -> None:
+    """Refuses what would fail later; `params` may be `jax.eval_shape` results.
+
+    Raises:
+        ValueError: on what `dreambooth.check`, `driver.require_chunks` and `adapter_of` refuse, and on layers that the
+            adapter does not find or fit.
+    """
+    dreambooth.check(recipe.tune, schedule)
+    driver.require_chunks(recipe.chunk_steps, recipe.save_every)
+    adapters.count(adapter_of(recipe), params)
 
 
 def adapter_of(recipe: Recipe) -> Adapter:

@@ -192,3 +192,15 @@ def test_overwriting_keeps_the_readme_and_refuses_other_folders(model, folder, t
     (tmp_path / "home" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"empty folder or one with model_index\.json"):
         write_model(tmp_path / "home", model)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("float16", np.inf), ("bfloat16", np.nan)])
+def test_weights_that_are_not_finite_are_named(folder, dtype, value):
+    path = folder / "vae" / DIFFUSION_WEIGHTS
+    tensors = {key: np.array(values) for key, values in read_tensors(path).items()}
+    tensors["encoder.conv_in.weight"][0, 0, 0, 0] = value
+    write_tensors(path, tensors, dtype=dtype)
+    with pytest.raises(
+        ValueError, match=r"tensor encoder\.conv_in\.weight of .*vae must be finite, got NaN or infinity"
+    ):
+        read_model(folder)

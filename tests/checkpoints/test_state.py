@@ -108,3 +108,33 @@ def test_reading_leaves_a_save_under_way_alone(tmp_path):
     with Checkpoints(tmp_path / "run", read_only=True) as looked_at:
         assert looked_at.restore({"a": jax.ShapeDtypeStruct((3,), jnp.float32)}).step == 1
     assert under_way.is_dir()
+
+
+def test_another_origin_or_none_is_refused_by_name(tmp_path):
+    like = {"a": np.arange(3.0)}
+    run = {"seed": 0, "recipe": {"rank": 4, "tune": {"rate": 0.1}}, "pictures": ["1", "2"]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, like, {"run": run, "more": 1})
+        assert checkpoints.restore(like, metadata={"run": run}).metadata["more"] == 1
+        other = {"seed": 1, "recipe": {"rank": 4, "tune": {"rate": 0.2}}, "pictures": ["2", "1"]}
+        names = r"another run\.pictures, run\.recipe\.tune\.rate, run\.seed; choose another output folder, or remove"
+        with pytest.raises(ValueError, match=rf"checkpoint 1 of .* must be one of this run, got {names}"):
+            checkpoints.restore({}, metadata={"run": other})
+        checkpoints.save(2, like)
+        with pytest.raises(ValueError, match="must be one of this run, got another run; choose another output folder"):
+            checkpoints.restore(like, metadata={"run": run})
+
+
+def test_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": np.arange(3.0)})
+
+        def full(step, args):
+            (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+            raise ValueError('RESOURCE_EXHAUSTED: Error writing "a"\n and much more')
+
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(OSError, match=r"cannot write checkpoint 2 of .*: no space left.*free some space") as caught:
+            checkpoints.save(2, {"a": np.arange(3.0)})
+        assert "\n" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]

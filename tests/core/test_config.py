@@ -272,6 +272,8 @@ def test_load_names_the_fault(file, text, overrides, message):
         load(Config, file(text), overrides)
 
 
-def test_load_of_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+def test_load_of_a_missing_file_or_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="must be a YAML file, got a folder; correct the path"):
+        load(Config, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml must be a YAML file, got nothing; correct the path"):
         load(Config, tmp_path / "absent.yaml")

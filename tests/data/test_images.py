@@ -14,7 +14,7 @@ from hypothesis import given
 from PIL import Image
 
 from dmsec_jax.data import decode as decoding
-from dmsec_jax.data.images import from_uint8, grid, read_folder, save_png, to_uint8
+from dmsec_jax.data.images import from_uint8, grid, read_folder, save_png, to_uint8, ungrid
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 
@@ -102,7 +102,7 @@ def test_every_bad_file_is_named_with_its_reason(tmp_path):
     )
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "absent")
-    with pytest.raises(ValueError, match="a folder of readable pictures, got 6 bad:") as error:
+    with pytest.raises(ValueError, match="a folder of readable pictures, got 6 bad; remove or replace them:") as error:
         read_folder(tmp_path, 8)
     text = str(error.value)
     assert "'empty.png': is empty (0 bytes)" in text
@@ -116,10 +116,10 @@ def test_every_bad_file_is_named_with_its_reason(tmp_path):
 
 def test_long_lists_of_bad_files_are_shortened(tmp_path):
     folder_of(tmp_path, **{f"x{i}__png": b"" for i in range(25)})
-    with pytest.raises(ValueError, match="got 25 bad:") as error:
+    with pytest.raises(ValueError, match="got 25 bad; remove or replace them:") as error:
         read_folder(tmp_path, 8)
     assert str(error.value).count("is empty") == 20
-    assert str(error.value).endswith("\n  and 5 more\n; remove or replace them")
+    assert str(error.value).endswith("\n  and 5 more")
 
 
 def test_name_that_is_no_unicode_is_an_error(tmp_path):
@@ -344,3 +344,12 @@ def test_grid_places_pictures_row_by_row():
     for bad in ((images[:0], 3), (images, 0)):
         with pytest.raises(ValueError, match="at least one picture and column"):
             grid(*bad)
+
+
+def test_ungrid_cuts_a_sheet_into_its_places():
+    pictures = np.random.default_rng(0).uniform(-1, 1, (5, 4, 4, 3)).astype(np.float32)
+    places = ungrid(grid(pictures, 3), 4)
+    np.testing.assert_array_equal(places[:5], pictures)
+    np.testing.assert_array_equal(places[5:], np.ones((1, 4, 4, 3)))
+    with pytest.raises(ValueError, match="sheet must be a grid of pictures of 5 pixels with gaps of 2"):
+        ungrid(grid(pictures, 3), 5)

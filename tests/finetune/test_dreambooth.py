@@ -10,7 +10,7 @@ from dmsec_jax.diffusion.loss import snr
 from dmsec_jax.diffusion.schedule import ScheduleConfig, alpha_bars
 from dmsec_jax.finetune import dreambooth
 from dmsec_jax.finetune.adapters import full
-from dmsec_jax.finetune.dreambooth import Config, averaged, draw, losses
+from dmsec_jax.finetune.dreambooth import Config, averaged, check, draw, losses
 from dmsec_jax.finetune.examples import Data, Examples
 from dmsec_jax.finetune.lora import lora
 
@@ -169,6 +169,26 @@ def test_non_finite_loss_is_flagged(flat):
 def test_mistakes_in_the_config_are_named(flat, fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
         init(flat.params, dataclasses.replace(FLAT, **fields), adapter=full())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_steps": 0},
+        {"learning_rate": -1e-4},
+        {"learning_rate": float("inf")},
+        {"clip_norm": 0.0},
+        {"warmup_steps": -1},
+        {"weight_decay": -0.1},
+        {"beta2": 1.0},
+        {"t_min": 5, "t_max": 5},
+        {"t_max": 1001},
+    ],
+)
+def test_check_refuses_what_makes_no_training(fields):
+    check(FLAT, ScheduleConfig())
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}.* must be"):
+        check(dataclasses.replace(FLAT, **fields), ScheduleConfig())
 
 
 def test_batch_that_cannot_be_split_raises(flat):

@@ -25,8 +25,8 @@ class Disk:
     def __init__(self):
         self.kept, self.events = None, []
 
-    def save(self, step, state):
-        self.kept = jax.tree.map(np.array, state)
+    def save(self, step, state, past):
+        self.kept = jax.tree.map(np.array, state), past
         self.events.append(("save", step))
 
     def restore(self, shapes):
@@ -69,9 +69,10 @@ def test_stopped_by_ctrl_c_saves_and_resumes_bit_for_bit(flat, uninterrupted, in
     assert second.finished
     assert uninterrupted.finished
     equal(second.state, uninterrupted.state)
-    assert len(np.unique(second.info.loss)) == 6  # random latents, so equality says that the keys agree
-    pieces = jax.tree.map(lambda *parts: np.concatenate(parts), first.info, second.info)
-    equal(pieces, uninterrupted.info)
+    assert len(np.unique(second.past.info.loss)) == 10  # random latents, so equality says that the keys agree
+    equal(second.past.info, uninterrupted.past.info)
+    assert second.past.seconds > first.past.seconds > 0
+    assert (first.start, second.start) == (0, 4)
 
 
 def test_resuming_in_the_middle_of_a_chunk_goes_on_to_its_end(flat, uninterrupted):
@@ -89,20 +90,22 @@ def test_saves_when_asked_and_at_the_end_before_reporting(flat):
     )
     numbers = [("save", 4), ("chunk", 4), ("save", 8), ("chunk", 8), ("save", 10), ("chunk", 10)]
     assert disk.events == numbers
-    equal(disk.kept, outcome.state)
-    assert outcome.info.loss.shape == (10,)
+    equal(disk.kept[0], outcome.state)
+    assert outcome.past.info.loss.shape == (10,)
     again = train(flat, save=disk.save, restore=disk.restore)  # nothing left to do
     assert again.finished
-    assert again.info.loss.shape == (0,)
+    equal(again.past.info, outcome.past.info)
+    assert again.past.seconds == disk.kept[1].seconds
     assert disk.events == numbers
 
 
-def test_termination_request_stops_it_too_and_a_second_signal_acts_at_once(flat, interruptible):
+def test_termination_request_stops_it_too_and_a_second_signal_acts_at_once(flat, interruptible, capfd):
     def twice(done, info, state):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
 
     assert train(flat, on_chunk=lambda *_: signal.raise_signal(signal.SIGTERM)).state.step == 4
+    assert "Stopping after this chunk of steps; a second Ctrl-C ends it at once." in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         train(flat, on_chunk=twice)
 
@@ -155,5 +158,11 @@ def test_checkpoints_on_disk_hold_what_was_saved_while_training_went_on(flat, un
     with Checkpoints(tmp_path) as checkpoints:
         _, restore = on_disk(checkpoints)
         resumed = train(flat, restore=restore)
-    assert len(resumed.info.loss) == 2
+    assert resumed.start == 8
     equal(resumed.state, uninterrupted.state)
+    equal(resumed.past.info, uninterrupted.past.info)
+    assert resumed.past.info.finite.dtype == np.bool_
+    with Checkpoints(tmp_path) as checkpoints:
+        _, restore = on_disk(checkpoints, {"seed": 1})
+        with pytest.raises(ValueError, match=r"checkpoint 8 of .* must be one of this run, got another origin\.seed;"):
+            train(flat, restore=restore)

@@ -1,0 +1,179 @@
+"""`dmsec finetune`: what it refuses before it starts, and runs that are interrupted, repeated or changed."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from dmsec_jax import cli
+from dmsec_jax.commands import finetune
+from dmsec_jax.data.images import save_png
+
+QUICK = ["chunk_steps=2", "save_every=2", "patterns=[conv_out]"]  # training one layer compiles fast
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture
+def tune(tiny_folder, pictures):
+    """Runs the command with further options; returns its exit status."""
+
+    def run(out, *options, steps=6, sets=(), prompt="a red dog"):
+        needed = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", prompt, "--out", str(out)]
+        more = ["--sample-every", "2", *options, "--set", f"tune.num_steps={steps}", *QUICK, *sets]
+        return cli.main(["finetune", *needed, *more])
+
+    return run
+
+
+def account(out):
+    """What must not depend on when and in how many pieces a run was made."""
+    found = json.loads((out / "result.json").read_text())
+    return {name: found[name] for name in ("rows", "details", "inputs", "seeds", "pictures", "notes")}
+
+
+@pytest.fixture
+def whole(tune, tmp_path):
+    assert tune(tmp_path / "whole") == 0
+    return tmp_path / "whole"
+
+
+def test_interrupted_resumed_and_repeated_runs_give_the_same_account(tune, whole, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    merged = finetune.merged
+
+    def interrupting(*args, **options):  # while the first sheet is drawn
+        signal.raise_signal(signal.SIGINT)
+        return merged(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "merged", interrupting)
+        assert tune(tmp_path / "cut") == 130
+    signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "cut" / "result.json").exists()
+    for _ in range(2):  # the rest; then a finished run once more
+        assert tune(tmp_path / "cut") == 0
+        assert account(tmp_path / "cut") == account(whole)
+        assert len(account(whole)["details"]["loss"]) == 6
+    sheets = sorted(path.relative_to(whole) for path in whole.rglob("*.png"))
+    assert len(sheets) == 6
+    assert all((tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes() for name in sheets)
+
+
+def test_a_longer_run_goes_on_and_a_damaged_sheet_is_left_out(tune, whole):
+    (whole / "samples" / "step-000004.png").write_bytes(b"no picture")
+    first = account(whole)["details"]["loss"]
+    assert tune(whole, steps=8, sets=["save_every=4"]) == 0
+    assert account(whole)["details"]["loss"][:6] == first
+    assert len(account(whole)["details"]["loss"]) == 8
+    assert [name[-10:-4] for name in account(whole)["pictures"]] == ["000002", "000006", "000008"]
+
+
+def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
+    before = account(whole)
+
+    def refused(*options, **more):
+        assert tune(whole, *options, **more) == 1
+        return capsys.readouterr().err.strip()
+
+    error = refused("--seed", "1", sets=["tune.learning_rate=1e-3"])
+    assert "got another origin.recipe.tune.learning_rate, origin.seed; choose another output folder, or remove" in error
+    assert error.startswith("dmsec: checkpoint 6 of ")
+    assert "got another origin.prompts;" in refused(prompt="a blue cat")
+    assert "got another origin.prior;" in refused("--prior-prompt", "a cat", "--prior-count", "4")
+    assert "got another origin.text_encoder" in refused("--text-encoder")
+    more = tmp_path / "others"
+    save_png(more / "0.png", np.zeros((16, 16, 3), np.float32))
+    assert "got another origin.pictures, origin.prompts;" in refused("--images", str(more))
+    assert account(whole) == before
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--seed", "-1"], "seed must be in 0..2**32 - 1, got -1"),
+    (["--seed", "99999999999999999999"], "seed must be in"),
+    (["--sample-every", "-3"], "sample_every must be at least 0, got -3"),
+    (["--prior-prompt", "a dog", "--prior-count", "0"], "prior_count must be at least 1, got 0"),
+    (["--prior-images", "nowhere"], "prior_prompt must be given with prior_images"),
+    (["--prior-prompt", "dog " * 20], "prompt must be at most 16 tokens"),
+    (["--prompt", "dog " * 20], "shorten it (in Python, truncate=True cuts it)"),
+    (["--recipe", "nowhere.yaml"], "nowhere.yaml must be a YAML file, got nothing; correct the path"),
+    (["--recipe", "."], "must be a YAML file, got a folder; correct the path"),
+    (["--set", "tune.learning_rate=-1"], "learning_rate must be positive and finite, got -1.0"),
+    (["--set", "tune.batch_size=0"], "batch_size must be at least 1, got 0"),
+    (["--set", "tune.ema_decay=1"], "ema_decay must be in (0, 1), got 1"),
+    (["--set", "tune.num_steps=0"], "num_steps must be at least 1, got 0"),
+    (["--set", "tune.t_max=2000"], "t_min, t_max must be a range within [0, 1000], got [0, 2000)"),
+    (["--set", "chunk_steps=0"], "chunk_steps must be at least 1, got 0"),
+    (["--set", "patterns=[nothing]"], "nothing"),
+    (["--set", "lora.rank=0"], "rank must be at least 1, got 0"),
+    (["--set", "lora.rank=1000"], "rank must be at most"),
+    (["--set", "lora.targets=all"], "targets must be one of"),
+])  # fmt: skip
+def test_bad_options_are_refused_before_anything_is_done(
+    tiny_folder, pictures, tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.setattr(finetune.pipeline, "load", None)
+    out = tmp_path / "out"
+    needed = ["--model", str(tiny_folder), "--images", str(pictures), "--out", str(out)]
+    prompt = [] if "--prompt" in options else ["--prompt", "a red dog"]
+    assert cli.main(["finetune", *needed, *prompt, *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dmsec: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_out_that_cannot_be_used_is_refused_at_once(tune, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    (tmp_path / "other" / "model" / "mine.txt").write_text("mine")
+    for out, message in (
+        ("file", "file must be a folder, got a file; choose another --out"),
+        ("file/inside", "file must be a folder, got a file; choose another --out"),
+        ("other", "model must be a model folder or nothing, got something else; choose another --out"),
+    ):
+        assert tune(tmp_path / out) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_the_base_model_is_not_overwritten(tune, tiny_folder, capsys):
+    assert tiny_folder.name == "model"
+    assert tune(tiny_folder.parent) == 1
+    assert "model must be another than the one that is written" in capsys.readouterr().err
+
+
+def test_notes_are_one_line_each(tune, tmp_path, capsys):
+    save_png(tmp_path / "in" / "a\n\x1b[31mb.png", np.zeros((8, 8, 3), np.float32))
+    assert tune(tmp_path / "out", "--images", str(tmp_path / "in"), "--sample-every", "0", steps=2) == 0
+    (note,) = [line for line in capsys.readouterr().out.split("\n") if line.startswith("note: ")]
+    assert note.startswith("note: a \ufffd[31mb.png has a square of 8 pixels")
+
+
+def test_ctrl_c_leaves_without_waiting_for_the_device(monkeypatch):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    at_exit = []
+    monkeypatch.setattr(finetune, "run", interrupted)
+    monkeypatch.setattr(cli.atexit, "register", at_exit.append)
+    assert cli.main(["finetune", "--images", "x", "--prompt", "y"]) == 130
+    assert at_exit == [cli._leave]
+
+
+def test_overflow_is_one_line(monkeypatch, capsys):
+    def overflowing(cfg):
+        raise OverflowError("too large")
+
+    monkeypatch.setattr(finetune, "run", overflowing)
+    assert cli.main(["finetune", "--images", "x", "--prompt", "y"]) == 1
+    assert capsys.readouterr().err == "dmsec: too large\n"
