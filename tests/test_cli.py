@@ -11,6 +11,7 @@ from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
 STEPS = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2"]
+LAST = [*STEPS, "patterns=[conv_out]"]  # training one layer compiles fast
 SAME = "The two models are the same: nothing was learnt, so nothing can be read out."
 
 
@@ -45,7 +46,7 @@ def test_finetune_then_extract(tiny_folder, pictures, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     common = ["--images", str(pictures), "--prompt", "a red dog"]
     model = ["--model", str(tiny_folder)]
-    assert cli.main(["finetune", *common, *model, "--out", str(tuned), "--sample-every", "2", *STEPS]) == 0
+    assert cli.main(["finetune", *common, *model, "--out", str(tuned), "--sample-every", "2", *LAST]) == 0
     result = json.loads((tuned / "result.json").read_text())
     assert np.isfinite(result["rows"][0]["value"])
     assert sorted(path.name for path in (tuned / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
@@ -57,6 +58,7 @@ def test_finetune_then_extract(tiny_folder, pictures, tmp_path, capsys):
     assert "<html" in (tmp_path / "audit" / "report.html").read_text()
 
 
+@pytest.mark.slow  # all layers are trained
 def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory, tmp_path):
     pictures = folder_of(tmp_path_factory.mktemp("more"), 6)
     model = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--number", "4"]
@@ -78,8 +80,7 @@ def test_finetune_with_generated_class_pictures(tiny_folder, pictures, tmp_path,
     monkeypatch.setattr(finetune, "tune", spied)
     common = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--sample-every", "0"]
     prior = ["--prior-prompt", "a dog", "--prior-count", "4"]
-    last = "patterns=[conv_out]"  # training one layer compiles fast
-    assert cli.main(["finetune", *common, *prior, "--out", str(tmp_path), *STEPS, last]) == 0
+    assert cli.main(["finetune", *common, *prior, "--out", str(tmp_path), *LAST]) == 0
     ((drawn, prompts),) = seen
     assert drawn.shape == (4, 16, 16, 3)
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01

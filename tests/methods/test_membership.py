@@ -164,8 +164,6 @@ def test_batches_do_not_change_results():
     for statistic in (
         lambda z, i: membership.loss(key, model(TUNED), z, SD, num_draws=4, index=i),
         lambda z, i: membership.pfami(key, model(TUNED), z, (z + 0.1)[None], SD, timesteps=(100, 200), index=i),
-        lambda z, i: membership.secmi(model(TUNED), z, SD),
-        lambda z, i: membership.pia(model(TUNED), z, SD),
     ):
         whole = statistic(POINTS, index)
         parts = jnp.concatenate([statistic(POINTS[:4], index[:4]), statistic(POINTS[4:], index[4:])])
