@@ -21,6 +21,7 @@ def noise(count, seed):
     return np.random.default_rng(seed).uniform(-1, 1, (count, 16, 16, 3)).astype(np.float32)
 
 
+# 8 evaluations, 2 steps, batches of 4 throughout, as in the tests of the command line: one compilation serves all
 @pytest.fixture(scope="module")
 def subject(tiny_pipeline):
     tuned = jax.tree.map(lambda leaf: leaf * 1.05, tiny_pipeline.params["unet"])
@@ -29,22 +30,22 @@ def subject(tiny_pipeline):
 
 @pytest.mark.parametrize("name", audit.METHODS)
 def test_methods_spend_the_same_evaluations(subject, name):
-    drawn = audit.generate(jax.random.key(0), subject, name, evaluations=4, num_steps=2, batch_size=4)
-    assert drawn.drawn * audit.METHODS[name].evaluations == 4
+    drawn = audit.generate(jax.random.key(0), subject, name, evaluations=8, num_steps=2, batch_size=4)
+    assert drawn.drawn * audit.METHODS[name].evaluations == 8
     assert drawn.images.shape == (drawn.drawn - drawn.broken, 16, 16, 3)
 
 
 def test_weight_one_of_every_method_is_plain_sampling(subject):
     draw = lambda name: audit.generate(
-        jax.random.key(0), subject, name, evaluations=4, num_steps=2, batch_size=4, w=1.0, k=0.0
-    ).images[:2]
+        jax.random.key(0), subject, name, evaluations=8, num_steps=2, batch_size=4, w=1.0, k=0.0
+    ).images[:4]
     for name in ("finextract", "finextract-caption", "cfg", "lora-scale"):
         np.testing.assert_allclose(draw(name), draw("plain"), atol=1e-4, err_msg=name)
 
 
 def test_guidance_that_explodes_is_an_error(subject):
     with pytest.raises(ValueError, match="guidance must be weak enough"):
-        audit.generate(jax.random.key(0), subject, "finextract", evaluations=2, num_steps=2, w=1e38)
+        audit.generate(jax.random.key(0), subject, "finextract", evaluations=8, num_steps=2, batch_size=4, w=1e38)
 
 
 def test_unknown_names_are_errors(subject):
@@ -57,19 +58,19 @@ def test_unknown_names_are_errors(subject):
 
 
 def test_a_sweep_is_its_guidances_one_by_one(subject):
-    options = {"evaluations": 4, "num_steps": 2, "batch_size": 4}
+    options = {"evaluations": 8, "num_steps": 2, "batch_size": 4}
     pairs = [(1.5, 0.0), (2.0, -0.02), (1e38, 0.0)]
     swept = audit.sweep(jax.random.key(0), subject, "finextract", pairs, **options)
     for (w, k), found in zip(pairs[:2], swept, strict=False):
         alone = audit.generate(jax.random.key(0), subject, "finextract", w=w, k=k, **options)
         np.testing.assert_allclose(found.images, alone.images, atol=1e-4)
-    assert (swept[2].drawn, swept[2].broken, len(swept[2].images)) == (2, 2, 0)
+    assert (swept[2].drawn, swept[2].broken, len(swept[2].images)) == (4, 4, 0)
     with pytest.raises(ValueError, match="pairs must be one at a time for lora-scale"):
         audit.sweep(jax.random.key(0), subject, "lora-scale", pairs, **options)
 
 
 def test_samplers_differ_and_start_from_the_same_noise(subject):
-    options = {"evaluations": 4, "num_steps": 2, "batch_size": 4}
+    options = {"evaluations": 8, "num_steps": 2, "batch_size": 4}
     clean, public = (
         audit.generate(jax.random.key(0), subject, "plain", sampler=name, **options).images for name in audit.SAMPLERS
     )
