@@ -31,7 +31,7 @@ from dmsec_jax.report import extraction as report
 from dmsec_jax.report.result import Row, row_over
 
 TUNING_SEED = 1000
-METHODS = ("finextract", "cfg", "lora-scale", "plain", "carlini")
+METHODS = extract.Settings().methods
 LORA = ("lora.rank=64", "lora.alpha=64", "lora.targets=attention+ff+conv", "tune.learning_rate=0.001")
 
 
@@ -98,10 +98,8 @@ def _write(cfg: Config, results: list[dict], notes: list[str], seconds: float) -
     rows = _over_seeds(results) + _differences(results)
     _print(rows)
     notes = ["intervals over seeds (Student t); differences are paired by seed", *notes]
-    settings = config.to_dict(cfg) | {
-        "work": "",
-        "sets": [Path(name).name for name in cfg.sets],
-    }  # no paths of a machine
+    names = [Path(name).name for name in cfg.sets]
+    settings = config.to_dict(cfg) | {"work": "", "sets": names}  # no paths of a machine
     harness.write("extraction", rows, settings, {"all": seconds}, notes)
 
 

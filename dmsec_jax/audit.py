@@ -18,12 +18,11 @@ from dmsec_jax import pipeline
 from dmsec_jax.checkpoints import torch_archive
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import sha256
-from dmsec_jax.core.types import Params
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.methods import finextract
 from dmsec_jax.metrics import cliques, clusters, extraction, similarity
 from dmsec_jax.models import sscd
-from dmsec_jax.pipeline import Pipeline
+from dmsec_jax.pipeline import Subject
 from dmsec_jax.report import extraction_data as report
 
 Embed = Callable[[np.ndarray], np.ndarray]
@@ -55,15 +54,6 @@ PARTITIONS = {"cliques": cliques.partition, "agglomerative": clusters.agglomerat
 CLUSTERINGS = (*PARTITIONS, "public")
 CLIQUE_SIZE = 5
 SHOWN = 40
-
-
-class Subject(NamedTuple):
-    """What is audited: two models of one architecture, and the prompt of the second."""
-
-    base: Pipeline
-    tuned: dict[str, Params]
-    """Parameters of the fine-tuned model: "unet", "vae", "text_encoder"."""
-    prompt: str
 
 
 class Generated(NamedTuple):
@@ -148,12 +138,6 @@ def sampler_of(name: str) -> finextract.SamplerFn:
     """The sampler of this name; raises ValueError on an unknown one."""
     require(name in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}", repr(name), "choose one of them")
     return SAMPLERS[name]
-
-
-def base_pictures(key, subject: Subject, count: int, *, num_steps: int = 25, batch_size: int = 50) -> np.ndarray:
-    """Pictures of the same prompt by the base model, from the same noise: what shows up here is no evidence."""
-    untuned = subject._replace(tuned=subject.base.params)
-    return generate(key, untuned, "plain", evaluations=count, num_steps=num_steps, batch_size=batch_size).images
 
 
 _alone = functools.cache(finextract.alone)  # the same object every time, so that nothing compiles twice

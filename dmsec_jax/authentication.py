@@ -148,27 +148,29 @@ def recover(
         quantise=faithful,
         key=key_start if faithful else None,
     )
-    run = functools.partial(_advance, num_steps=min(CHUNK, cfg.num_steps), pair_fn=pair_fn, schedule=base.schedule)
+    chunk = min(CHUNK, cfg.num_steps)
+    run = functools.partial(_advance, num_steps=chunk, pair_fn=pair_fn, schedule=base.schedule)
     rows = {"known": z0, "start": start, "index": jnp.arange(len(images))}
     done, total = 0, cfg.num_steps * -(-len(images) // settings.batch_size)
 
     def one(part):
         nonlocal done
         state, finite = cgi_dm.init(part["start"], part["index"], cfg), True
-        for _ in range(0, cfg.num_steps, CHUNK):
+        for _ in range(0, cfg.num_steps, chunk):
             state, info = run(key_steps, state, part["known"], part["start"], mask, params, cfg)
             finite = finite & info.finite.all(axis=0)
-            done += CHUNK
+            done += chunk
             if progress is not None:
                 progress(done, total)
         return cgi_dm.completed(state, part["known"], part["start"], mask, cfg), finite
 
     completed, finite = map(jnp.concatenate, zip(*pipeline.batched(one, rows, settings.batch_size), strict=True))
     distance = lambda z: np.asarray(jnp.sqrt(jnp.square(z - z0).sum(axis=(1, 2, 3))), np.float64)
-    error = distance(completed) / distance(start + cgi_dm.kept(z0 - start, mask, cfg))
+    partial = cgi_dm.completed(cgi_dm.init(start, rows["index"], cfg), z0, start, mask, cfg)
+    error = distance(completed) / distance(partial)
     return Recovery(
         images=pipeline.decode(base, completed),
-        partial=pipeline.decode(base, start + cgi_dm.kept(z0 - start, mask, cfg)),
+        partial=pipeline.decode(base, partial),
         error=np.where(np.asarray(finite), error, np.nan),
         evaluations=4 * cfg.num_steps * cfg.num_draws,
     )
@@ -223,8 +225,7 @@ def _statistic(key, part, networks, *, name: str, settings: Settings, schedule: 
     drawn = {"num_draws": settings.num_draws, "window": settings.window, "draw": draws.stratified_draw, "index": index}
     if name.startswith("loss-difference"):
         common = not name.endswith("independent")
-        found = membership.loss_difference(key, fn("base"), fn("tuned"), z0, schedule, common=common, **drawn).mean
-        return found
+        return membership.loss_difference(key, fn("base"), fn("tuned"), z0, schedule, common=common, **drawn).mean
     if name == "loss":
         found = membership.loss(key, fn("tuned"), z0, schedule, **drawn)
     elif name == "clid":

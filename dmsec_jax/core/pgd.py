@@ -8,6 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import fail
 
 Norm = Literal["l2", "linf"]
@@ -39,16 +40,10 @@ def project(delta: Float[Array, "B ..."], radius: Size, kind: Norm) -> Float[Arr
     Raises:
         ValueError: on another kind of norm.
     """
-    radius = expand(radius, delta)
+    radius = expand(jnp.asarray(radius, delta.dtype), delta)
     if kind == "l2":
         size = expand(norm(delta), delta)
         return delta * jnp.minimum(1.0, radius / jnp.maximum(size, jnp.finfo(delta.dtype).tiny))
     if kind == "linf":
         return jnp.clip(delta, -radius, radius)
     raise fail("norm", "l2 or linf", repr(kind), "choose one of them")
-
-
-def expand(size: Size, like: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """A number or [B] as an array that multiplies `like` example by example."""
-    size = jnp.broadcast_to(jnp.asarray(size, like.dtype), like.shape[:1])
-    return size.reshape(-1, *(1,) * (like.ndim - 1))

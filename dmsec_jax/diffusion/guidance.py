@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import ModelFn
-from dmsec_jax.diffusion.schedule import expand
 
 Weight = float | Float[Array, "..."]
 

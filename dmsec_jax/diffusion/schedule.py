@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.config import config, from_dict, to_dict
 
@@ -239,12 +240,6 @@ def previous_by_stride(cfg: ScheduleConfig, num_steps: int) -> np.ndarray:
     one level and then evaluates at another; give it to `samplers.ddim(previous=...)` to reproduce that.
     """
     return timesteps(cfg, num_steps) - np.int32(cfg.num_train_timesteps // num_steps)
-
-
-def expand(per_example: Array, like: Array) -> Array:
-    """[B] (or a scalar) with trailing axes of size 1, ready to multiply `like` [B, ...]."""
-    per_example = jnp.asarray(per_example)
-    return per_example.reshape(per_example.shape + (1,) * (like.ndim - 1)) if per_example.ndim else per_example
 
 
 def levels(alpha_bar: Float[Array, "T"], t: Int[Array, "B"], like: Float[Array, "B ..."]) -> tuple[Array, Array]:

@@ -26,7 +26,7 @@ Deviations: public code, and what is here by default (the public behaviour by na
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dmsec_jax.core import pgd
+from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import AnyArray, Key, Latent, Params, PerExample, Timestep
@@ -212,7 +213,7 @@ def step(
     norm = pgd.norm(gradient)
     finite = jnp.isfinite(norm)
     gradient = jnp.where(finite[:, None, None, None], gradient, 0.0)
-    moved = state.delta - pgd.expand(cfg.alpha, gradient) * pgd.direction(gradient, cfg.norm)
+    moved = state.delta - expand(jnp.asarray(cfg.alpha), gradient) * pgd.direction(gradient, cfg.norm)
     moved = jnp.clip(start + moved, -cfg.bound, cfg.bound) - start
     delta = pgd.project(moved, cfg.eps, cfg.norm)
     return State(delta, state.index, state.i + 1), Info(found, norm, finite)
@@ -237,9 +238,9 @@ def run(
     Example:
         jax.jit(run, static_argnames=("pair_fn", "schedule", "latent_fn", "draw_fn"))
     """
-    options: dict[str, Any] = {"schedule": schedule, "latent_fn": latent_fn, "draw_fn": draw_fn}
+    options = {"pair_fn": pair_fn, "schedule": schedule, "latent_fn": latent_fn, "draw_fn": draw_fn}
     state = init(start, index, cfg)
-    return advance(key, state, known, start, mask, params, cfg, num_steps=cfg.num_steps, pair_fn=pair_fn, **options)
+    return advance(key, state, known, start, mask, params, cfg, num_steps=cfg.num_steps, **options)
 
 
 def advance(

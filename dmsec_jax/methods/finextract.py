@@ -46,12 +46,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import Latent, Params, Timestep
 from dmsec_jax.diffusion import multistep, samplers
 from dmsec_jax.diffusion.draws import example_noise
-from dmsec_jax.diffusion.schedule import ScheduleConfig, alpha_bars, expand, to_eps
+from dmsec_jax.diffusion.schedule import ScheduleConfig, alpha_bars, to_eps
 from dmsec_jax.metrics import cliques, clusters
 
 PairFn = Callable[[Params, Latent, Timestep], tuple[Latent, Latent]]

@@ -8,7 +8,7 @@ the network predicts, errors are those of the noise, as in the papers. What a st
 | `loss`              | low          | K                                         | Carlini et al. 2023; Matsumoto et al. 2023 |
 | `loss_difference`   | high         | 2 K                                       | the loss of two models under common noise |
 | `secmi`             | low          | t / interval + 2                          | Duan et al. 2023, SecMI_stat |
-| `pia`, `pian`       | low          | 1 + timesteps                             | Kong et al. 2024, PIA and PIAN |
+| `pia`               | low          | 1 + timesteps                             | Kong et al. 2024, PIA; PIAN if normalised |
 | `pfami`             | low          | (1 + neighbours) x timesteps              | Fu et al. 2023, PFAMI_Met |
 | `clid`              | high         | 2 K                                       | Zhai et al. 2024, CLiD |
 | `gradient_norms`    | low          | timesteps, with weight gradients          | Pang et al. 2023, GSA_1 and GSA_2 |
@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import AnyArray, Key, Latent, ModelFn, Params, PerExample
 from dmsec_jax.diffusion import draws, samplers
 from dmsec_jax.diffusion.draws import Draw, Window
 from dmsec_jax.diffusion.loss import grid_loss, monte_carlo_loss
-from dmsec_jax.diffusion.schedule import ScheduleConfig, add_noise, alpha_bars, expand, to_eps
+from dmsec_jax.diffusion.schedule import ScheduleConfig, add_noise, alpha_bars, to_eps
 
 SIGN = {
     "loss": -1,
@@ -152,11 +153,6 @@ def pia(
     return jax.lax.map(one, _grid(timesteps, schedule)).sum(axis=0)
 
 
-def pian(model_fn: ModelFn, z0: Latent, schedule: ScheduleConfig, *, timesteps: Grid = (200,), power: float = 4.0):
-    """`pia`, normalised."""
-    return pia(model_fn, z0, schedule, timesteps=timesteps, power=power, normalised=True)
-
-
 def pfami(
     key: Key,
     model_fn: ModelFn,
@@ -182,20 +178,13 @@ def pfami(
 
 
 def clid(
-    key: Key,
-    conditional_fn: ModelFn,
-    unconditional_fn: ModelFn,
-    z0: Latent,
-    schedule: ScheduleConfig,
-    *,
-    num_draws: int,
-    draw: Draw = draws.uniform_draw,
-    window: Window | None = None,
-    index: Int[AnyArray, "B"] | None = None,
+    key: Key, conditional_fn: ModelFn, unconditional_fn: ModelFn, z0: Latent, schedule: ScheduleConfig, **options
 ) -> PerExample:
-    """E[L(z0; null) - L(z0; c)] on common draws: a model that overfits knows its pictures by their captions."""
-    options = (z0, schedule, num_draws, draw, window, index)
-    return (_losses(key, unconditional_fn, *options) - _losses(key, conditional_fn, *options)).mean(axis=1)
+    """E[L(z0; null) - L(z0; c)] on common draws: a model that overfits knows its pictures by their captions.
+
+    Options as `loss_difference`.
+    """
+    return loss_difference(key, unconditional_fn, conditional_fn, z0, schedule, **options).mean
 
 
 def gradient_norms(

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from dmsec_jax.core.checks import require
-from dmsec_jax.metrics.extraction import Interval
+from dmsec_jax.metrics.extraction import Interval, checked_scores, rate_interval
 
 
 class Roc(NamedTuple):
@@ -53,7 +53,7 @@ class SetEvidence(NamedTuple):
 
 def roc(scores, null) -> Roc:
     """The ROC curve."""
-    scores, null = _checked("scores", scores), _checked("null", null)
+    scores, null = checked_scores(scores), checked_scores(null, "null")
     thresholds = np.concatenate([[np.inf], np.unique(np.concatenate([scores, null]))[::-1]])
     share = lambda values: (len(values) - np.searchsorted(np.sort(values), thresholds, side="left")) / len(values)
     return Roc(share(null), share(scores), thresholds)
@@ -64,7 +64,7 @@ def auc(scores, null, *, level: float = 0.95) -> Interval:
 
     Where the two sets do not overlap, or one holds a single picture, DeLong's variance is zero or unknown: Newcombe's interval stands in.
     """
-    scores, null = _checked("scores", scores), _checked("null", null)
+    scores, null = checked_scores(scores), checked_scores(null, "null")
     area, by_score, by_null = _placements(scores, null)
     if 0 < area < 1 and min(len(scores), len(null)) > 1:
         variance = by_score.var(ddof=1) / len(scores) + by_null.var(ddof=1) / len(null)
@@ -82,7 +82,7 @@ def auc_newcombe(scores, null, *, level: float = 0.95) -> Interval:
 
         V = theta (1 - theta) (1 + n* ((1 - theta) / (2 - theta) + theta / (1 + theta))) / (M N),   n* = (M + N) / 2 - 1.
     """
-    scores, null = _checked("scores", scores), _checked("null", null)
+    scores, null = checked_scores(scores), checked_scores(null, "null")
     m, n = len(scores), len(null)
     area = _placements(scores, null)[0]
     z = stats.norm.ppf((1 + level) / 2)
@@ -96,7 +96,7 @@ def auc_newcombe(scores, null, *, level: float = 0.95) -> Interval:
 
 def auc_bootstrap(seed: int, scores, null, *, level: float = 0.95, draws: int = 2000) -> Interval:
     """AUC with the percentile interval over resampled pictures, each set on its own."""
-    scores, null = _checked("scores", scores), _checked("null", null)
+    scores, null = checked_scores(scores), checked_scores(null, "null")
     rng = np.random.default_rng(seed)
     resample = lambda values: values[rng.integers(0, len(values), (draws, len(values)))]
     areas = [_placements(a, b)[0] for a, b in zip(resample(scores), resample(null), strict=True)]
@@ -110,8 +110,8 @@ def auc_difference(scores, null, other_scores, other_null, *, level: float = 0.9
     Raises:
         ValueError: unless both methods scored the same number of pictures, two or more of each kind.
     """
-    first = _placements(_checked("scores", scores), _checked("null", null))
-    second = _placements(_checked("other_scores", other_scores), _checked("other_null", other_null))
+    first = _placements(checked_scores(scores), checked_scores(null, "null"))
+    second = _placements(checked_scores(other_scores, "other_scores"), checked_scores(other_null, "other_null"))
     counts = (len(first[1]), len(first[2])), (len(second[1]), len(second[2]))
     require(counts[0] == counts[1], "other_scores", "of the same pictures", counts, "score both methods on one set")
     require(min(counts[0]) > 1, "scores", "of two or more pictures of each kind", counts[0], "add pictures")
@@ -127,20 +127,20 @@ def rate_at(scores, null, false_positive_rate: float, *, level: float = 0.95) ->
     The counts come with it: with fewer than 1 / rate non-members the rule admits none of them, and the rate is only nominal. The interval
     (Wilson) is over the members at that threshold.
     """
-    scores, null = _checked("scores", scores), _checked("null", null)
+    scores, null = checked_scores(scores), checked_scores(null, "null")
     possible = 0 <= false_positive_rate <= 1
     require(possible, "false_positive_rate", "a share in [0, 1]", false_positive_rate, "for example 0.01")
     curve = roc(scores, null)
     chosen = int(np.flatnonzero(curve.false_positive <= false_positive_rate + 1e-12)[-1])
     threshold = float(curve.threshold[chosen])
-    hits, false_hits = int((scores >= threshold).sum()), int((null >= threshold).sum())
-    low, high = stats.binomtest(hits, len(scores)).proportion_ci(level, method="wilson")
-    return Rate(hits / len(scores), float(low), float(high), hits, len(scores), false_hits, len(null), threshold)
+    hits, false_hits = scores >= threshold, int((null >= threshold).sum())
+    value, low, high, total = rate_interval(hits, level=level)
+    return Rate(value, low, high, int(hits.sum()), total, false_hits, len(null), threshold)
 
 
 def p_values(scores, null) -> np.ndarray:
     """[M] conformal p-values: (1 + non-members that score as high or higher) / (1 + non-members)."""
-    scores, null = _checked("scores", scores), np.sort(_checked("null", null))
+    scores, null = checked_scores(scores), np.sort(checked_scores(null, "null"))
     return (1 + len(null) - np.searchsorted(null, scores, side="left")) / (1 + len(null))
 
 
@@ -149,7 +149,7 @@ def transferred_threshold(null, level: float) -> float:
 
     `score > threshold` is the same decision as `p_values(score) <= level`.
     """
-    null = np.sort(_checked("null", null))
+    null = np.sort(checked_scores(null, "null"))
     require(0 < level < 1, "level", "a probability in (0, 1)", level, "for example 0.05")
     allowed = math.floor(level * (len(null) + 1) + 1e-9) - 1  # non-members that may score as high
     return float(null[len(null) - 1 - allowed]) if allowed >= 0 else math.inf
@@ -158,7 +158,7 @@ def transferred_threshold(null, level: float) -> float:
 def transferred_accuracy(scores, null, calibration, *, level: float = 0.05) -> float:
     """Balanced accuracy, (TPR + TNR) / 2, of the threshold that `calibration` scores of other non-members set."""
     threshold = transferred_threshold(calibration, level)
-    scores, null = _checked("scores", scores), _checked("null", null)
+    scores, null = checked_scores(scores), checked_scores(null, "null")
     return float(((scores > threshold).mean() + (null <= threshold).mean()) / 2)
 
 
@@ -190,7 +190,7 @@ def set_evidence(seed: int, scores, null, *, draws: int = 10_000) -> SetEvidence
     Exact where there are at most `draws` relabellings. The p-value is never below 1 / (number of relabellings), and valid at any size if
     unused pictures of the set are exchangeable with the null: of the same artist or subject, prepared in the same way.
     """
-    scores, null = _checked("scores", scores), _checked("null", null)
+    scores, null = checked_scores(scores), checked_scores(null, "null")
     result = stats.permutation_test(
         (scores, null),
         lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),
@@ -232,15 +232,6 @@ def _placements(scores: np.ndarray, null: np.ndarray) -> tuple[float, np.ndarray
     return float(by_score.mean()), by_score, 1 - share_below(null, np.sort(scores))
 
 
-def _checked(name: str, values) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    shaped = values.ndim == 1 and values.size > 0
-    require(shaped, name, "[M], not empty", f"shape {values.shape}", "give one score per picture")
-    broken = int((~np.isfinite(values)).sum())
-    require(broken == 0, name, "finite", f"{broken} of {values.size} not", "leave out what is not finite and say so")
-    return values
-
-
 def _square(similarity) -> np.ndarray:
     similarity = np.asarray(similarity, np.float64)
     shaped = similarity.ndim == 2 and similarity.shape[0] == similarity.shape[1] > 0
@@ -249,6 +240,6 @@ def _square(similarity) -> np.ndarray:
 
 
 def _probabilities(p) -> np.ndarray:
-    p = _checked("p", p)
+    p = checked_scores(p, "p")
     require(bool(((p >= 0) & (p <= 1)).all()), "p", "in [0, 1]", f"[{p.min():.3g}, {p.max():.3g}]", "pass p-values")
     return p

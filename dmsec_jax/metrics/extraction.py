@@ -66,24 +66,24 @@ def best_matches(pictures, extracted) -> Matches:
 
 def average_similarity(scores) -> float:
     """AS of per-picture scores [M]."""
-    return float(np.mean(_scores(scores)))
+    return float(np.mean(checked_scores(scores)))
 
 
 def success_rate(scores, threshold: float) -> float:
     """ESR of per-picture scores [M] at a threshold."""
-    return float(np.mean(_scores(scores) >= threshold))
+    return float(np.mean(checked_scores(scores) >= threshold))
 
 
 def bootstrap_interval(seed: int, values, *, level: float = 0.95, draws: int = 2000) -> Interval:
     """Percentile interval of the mean of values [M] over resampled pictures, for one run; infinite for one picture."""
-    values = _scores(values)
+    values = checked_scores(values)
     means = _resampled_means(np.random.default_rng(seed), values, draws)
     return _percentiles(float(values.mean()), means, level, len(values), len(values) > 1)
 
 
 def difference_interval(seed: int, values, null_values, *, level: float = 0.95, draws: int = 2000) -> Interval:
     """Percentile interval of mean(values) - mean(null_values); the two sets are resampled independently."""
-    values, null_values = _scores(values), _scores(null_values)
+    values, null_values = checked_scores(values), checked_scores(null_values)
     rng = np.random.default_rng(seed)
     means = _resampled_means(rng, values, draws) - _resampled_means(rng, null_values, draws)
     known = min(len(values), len(null_values)) > 1
@@ -98,7 +98,7 @@ def rate_interval(hits, *, level: float = 0.95) -> Interval:
     Raises:
         ValueError: if `hits` is empty or holds anything but zeros and ones.
     """
-    hits = _scores(hits)
+    hits = checked_scores(hits)
     binary = bool(np.isin(hits, (0, 1)).all())
     require(binary, "hits", "zeros and ones", "other values", "compare the scores with a threshold first")
     low, high = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(level, "wilson")
@@ -120,7 +120,7 @@ def rate_difference_interval(hits, null_hits, *, level: float = 0.95) -> Interva
 
 def seed_interval(values, *, level: float = 0.95) -> Interval:
     """Student-t interval of the mean over independent runs [R], one value per seed; infinite for one run."""
-    values = _scores(values)
+    values = checked_scores(values)
     runs = len(values)
     if runs == 1:
         return Interval(float(values[0]), -np.inf, np.inf, 1)
@@ -156,11 +156,12 @@ def summarise(
     )
 
 
-def _scores(values) -> np.ndarray:
+def checked_scores(values, name: str = "scores") -> np.ndarray:
+    """`values` as float64 [M]; raises ValueError unless they are one-dimensional, finite and some."""
     values = np.asarray(values, np.float64)
     require(
         values.ndim == 1 and values.size > 0,
-        "scores",
+        name,
         "[M], not empty",
         f"shape {values.shape}",
         "give one score per picture",
@@ -168,7 +169,7 @@ def _scores(values) -> np.ndarray:
     finite = np.isfinite(values)
     require(
         bool(finite.all()),
-        "scores",
+        name,
         "finite",
         f"{(~finite).sum()} of {values.size} not",
         "leave out what is not finite and say so",

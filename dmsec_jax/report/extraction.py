@@ -179,7 +179,7 @@ def result_of(extraction: Extraction, case: Mapping[str, Any], pictures: Mapping
 def write(folder: str | Path, extraction: Extraction, case: Mapping[str, Any]) -> Result:
     """Writes pictures, `report.html` and, last, `result.json` into `folder`; each file whole or not at all.
 
-    Pictures of an earlier report there are removed first: they would pass for extractions of this one.
+    Pictures of an earlier report there are removed at the end: they would pass for extractions of this one.
 
     Raises:
         OSError: if a file cannot be written, for instance because the disk is full.

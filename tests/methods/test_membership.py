@@ -41,7 +41,7 @@ def test_every_test_tells_a_planted_memoriser():
             key, base, tuned, POINTS, SD, num_draws=64, window=(50, 500)
         ).mean,
         "pia": membership.pia(tuned, POINTS, SD, timesteps=grid),
-        "pian": membership.pian(tuned, POINTS, SD, timesteps=grid),
+        "pian": membership.pia(tuned, POINTS, SD, timesteps=grid, normalised=True),
         "pfami": membership.pfami(key, tuned, POINTS, neighbours, SD, timesteps=grid),
         "clid": membership.clid(key, tuned, base, POINTS, SD, num_draws=64, window=(50, 500)),
     }
@@ -98,7 +98,7 @@ def test_secmi_on_a_gaussian_is_analytic():
 def test_pia_of_a_constant_prediction_is_zero():
     constant = lambda z_t, t: jnp.ones_like(z_t)
     assert (membership.pia(constant, POINTS, SD, timesteps=(100, 500)) == 0).all()
-    scaled = membership.pian(constant, POINTS, SD)
+    scaled = membership.pia(constant, POINTS, SD, normalised=True)
     np.testing.assert_allclose(scaled, 16 * (1 - np.sqrt(2 / np.pi)) ** 4, rtol=1e-4)  # |sqrt(2 / pi) - 1|^4 per entry
 
 
