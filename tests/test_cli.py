@@ -73,6 +73,7 @@ def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory
     assert (tmp_path / "model" / "model_index.json").is_file()
 
 
+@pytest.mark.slow  # compiles for long
 def test_finetune_with_generated_class_pictures(tiny_folder, pictures, tmp_path, monkeypatch):
     seen, tune = [], finetune.tune
 

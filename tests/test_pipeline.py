@@ -49,7 +49,7 @@ def test_encoding_refuses_pictures_of_another_range(tiny_pipeline):
         pipeline.encode(tiny_pipeline, pictures(1) * 255)
 
 
-@pytest.mark.parametrize("weight", [None, 3.0])
+@pytest.mark.parametrize("weight", [None, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_sampling_does_not_depend_on_the_batch_size(tiny_pipeline, weight):
     draw = lambda size: pipeline.sample(
         jax.random.key(0), tiny_pipeline, PROMPT, 3, num_steps=2, guidance_weight=weight, batch_size=size
@@ -65,6 +65,7 @@ def test_guidance_of_weight_one_is_plain_sampling(tiny_pipeline):
     assert np.abs(draw(5.0) - draw(None)).max() > 1e-3
 
 
+@pytest.mark.slow  # compiles for long
 def test_stacked_pair_equals_two_networks_in_turn(tiny_pipeline, monkeypatch):
     empty, prompt = pipeline.contexts(tiny_pipeline, ["", PROMPT])[:, None]
     other = jax.tree.map(lambda leaf: leaf * 1.1, tiny_pipeline.params["unet"])

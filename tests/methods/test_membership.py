@@ -158,6 +158,7 @@ def test_gradient_norms_of_a_scale_are_by_hand(variant):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow  # compiles for long
 def test_batches_do_not_change_results():
     key = jax.random.key(0)
     index = jnp.arange(8)

@@ -44,6 +44,7 @@ def test_output_is_float32_of_the_latent_shape(output):
     assert np.isfinite(output).all()
 
 
+@pytest.mark.slow  # compiles for long
 def test_bfloat16_stays_close_and_returns_float32(params, batch, output):
     low = apply(dataclasses.replace(TINY, dtype="bfloat16"), params, *batch)
     assert low.dtype == jnp.float32
@@ -78,6 +79,7 @@ def test_remat_covers_every_block_and_keeps_names(params, batch):
         assert sum(name in ("checkpoint", "remat2") for name in names) == expected
 
 
+@pytest.mark.slow  # compiles for long
 def test_remat_changes_no_number(weights, batch):
     x, time, context = jnp.concatenate([batch[0]] * 2, -1), jnp.ones((2, 32)), batch[2]
     stored, recomputed = (

@@ -39,6 +39,7 @@ def test_shapes_and_dtypes(params, posterior):
     assert {a.dtype for a in (mean, logvar, picture)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow  # compiles for long
 def test_bfloat16_stays_close_and_returns_float32(params, image, posterior):
     low = dataclasses.replace(CFG, dtype="bfloat16")
     mean, _ = encode(low, params, image)
@@ -63,6 +64,7 @@ def test_posterior_samples_have_its_moments():
     assert np.all(np.abs(draws.std(0) / std - 1) < 5 / 8000**0.5)
 
 
+@pytest.mark.slow  # compiles for long
 def test_remat_changes_no_number_and_no_name(weights, params, image):
     recomputed = dataclasses.replace(CFG, remat="block")
     assert trees.flatten(weights(vae.init, recomputed)).keys() == trees.flatten(params).keys()

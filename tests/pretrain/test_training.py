@@ -15,6 +15,7 @@ from dmsec_jax.pretrain.optimiser import moving_average, warmup_cosine
 MODEL = vae.VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=16)
 
 
+@pytest.mark.slow  # compiles for long
 def test_standardised_latents_give_the_same_pictures():
     params = vae.init(jax.random.key(0), MODEL)
     images = jax.random.uniform(jax.random.key(1), (4, 16, 16, 3), minval=-1, maxval=1)
@@ -28,6 +29,7 @@ def test_standardised_latents_give_the_same_pictures():
     np.testing.assert_allclose(vae.decode(MODEL, changed, new_mean), vae.decode(MODEL, params, mean), atol=1e-3)
 
 
+@pytest.mark.slow  # compiles for long
 def test_autoencoder_learns_and_continues_where_it_stopped():
     cfg = autoencoder.Config(num_steps=8, batch_size=4, warmup_steps=2)
     pictures = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
