@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmsec_jax import cli
-from dmsec_jax.commands import finetune
+from dmsec_jax.commands import demo, finetune
 from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
@@ -22,6 +22,7 @@ def pictures(tmp_path_factory):
 
 
 def folder_of(folder, count):
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
         save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
@@ -57,6 +58,22 @@ def test_finetune_then_extract(tiny_folder, pictures, tmp_path, capsys):
     found = {row["method"] for row in rows if row["metric"] == "AS"}
     assert found == {"finextract", "plain", "carlini"}
     assert "<html" in (tmp_path / "audit" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "split"),
+    [(1, {}, (1, 0)), (3, {}, (2, 1)), (6, {}, (4, 2)), (18, {}, (10, 8)), (6, {"number": 5}, (5, 1))],
+)
+def test_demo_keeps_hold_outs_back(tmp_path, count, options, split):
+    pictures, holdout = demo._pictures(demo.Config(images=folder_of(tmp_path, count), **options), 16)
+    assert (len(pictures), len(holdout or ())) == split
+
+
+def test_demo_trains_on_all_pictures_where_hold_outs_are_given(tmp_path):
+    for name, count in {"mine": 6, "others": 2}.items():
+        folder_of(tmp_path / name, count)
+    pictures, holdout = demo._pictures(demo.Config(images=tmp_path / "mine", holdout=tmp_path / "others"), 16)
+    assert (len(pictures), len(holdout)) == (6, 2)
 
 
 @pytest.mark.slow  # all layers are trained
@@ -145,6 +162,9 @@ def test_samplers_and_clusterings_are_chosen(tiny_folder, pictures, tmp_path):
     (["--settings.methods", "plain", "plain"], "methods, w and k must be different ones, got plain, plain"),
     (["--settings.w", "2", "2.0"], "methods, w and k must be different ones, got finextract-w2-k0, finextract-w2-k0"),
     (["--settings.w"], "methods, w and k must be at least one of each, got none"),
+    (["--settings.w", "1.5", "0"], "w must be above 0 (1 is the fine-tuned model itself), got [0.0]"),
+    (["--settings.cfg-weight", "nan"], "cfg_weight must be above 0"),
+    (["--settings.k", "inf"], "k must be a finite number, got [inf]"),
     (["--settings.evaluations", "1"], "evaluations must be at least 2, got 1"),
     (["--settings.num-steps", "0"], "num_steps must be at least 1, got 0"),
     (["--settings.batch-size", "0"], "batch_size must be at least 1, got 0"),

@@ -21,6 +21,8 @@ from dmsec_jax.report import extraction as report
 from dmsec_jax.report.training_data import Course, Sheet
 
 PICTURES = pipeline.EMBEDDED.parent / "openmoji-animals"
+TRAINED = 10
+"""Pictures trained on, by default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,9 @@ class Config:
     """Pictures like yours that are not to be trained on; default: further OpenMoji animals if `images` is not given."""
     prompt: str | None = None
     """Prompt to fine-tune and sample with; default: one that fits the pictures."""
-    number: int = 10
-    """How many pictures of the folder are trained on, the first by name; the rest become hold-outs if there are none."""
+    number: int | None = None
+    """How many pictures of the folder are trained on, the first by name; the others become hold-outs if no folder of such is given. Default: at
+    most ten, and two thirds of the folder if there are no other hold-outs: without any, nothing can be concluded."""
     model: Path = pipeline.EMBEDDED
     """Model to start from."""
     recipe: Path | None = None
@@ -92,10 +95,10 @@ def _pictures(cfg: Config, pixels: int) -> tuple[ImageSet, ImageSet | None]:
     """Training pictures and hold-outs."""
     folder = cfg.images or PICTURES / "member"
     everything = images.read_folder(folder, pixels)
-    require(cfg.number >= 1, "number", "at least 1", cfg.number, "train on one picture or more")
-    pictures, rest = images.split(everything, cfg.number)
-    if cfg.holdout is not None:
-        return pictures, images.read_folder(cfg.holdout, pixels)
-    if cfg.images is None:
-        return pictures, images.read_folder(PICTURES / "holdout", pixels)
-    return pictures, rest
+    apart = cfg.holdout or (PICTURES / "holdout" if cfg.images is None else None)
+    number = cfg.number
+    if number is None:
+        number = TRAINED if apart else min(TRAINED, -(-2 * len(everything) // 3))
+    require(number >= 1, "number", "at least 1", number, "train on one picture or more")
+    pictures, rest = images.split(everything, number)
+    return pictures, images.read_folder(apart, pixels) if apart else rest

@@ -228,6 +228,11 @@ def check(settings: Settings, *, number_known: bool = True) -> audit.Features:
     require(0 <= settings.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", settings.seed, "choose another")
     some = bool(settings.methods and settings.w and settings.k)
     require(some, "methods, w and k", "at least one of each", "none", "leave the empty option out")
+    for name, values in {"w": settings.w, "cfg_weight": [settings.cfg_weight], "scale": [settings.scale]}.items():
+        odd = [value for value in values if not 0 < value < np.inf]
+        require(not odd, name, "above 0 (1 is the fine-tuned model itself)", odd[:1], "for example 1.5")
+    odd = [value for value in settings.k if not np.isfinite(value)]
+    require(not odd, "k", "a finite number", odd[:1], "for example 0")
     names = [called for name in settings.methods for called in method_names(settings, name)]
     require(len(set(names)) == len(names), "methods, w and k", "different ones", ", ".join(names), "name each once")
     audit.sampler_of(settings.sampler)

@@ -102,8 +102,7 @@ def command_line(argv: Sequence[str], program: str = "dmsec") -> str:
 
 def printable(text: str) -> str:
     """`text` on one line, with control, formatting and unassigned characters shown as U+FFFD: safe for a terminal."""
-    visible = ("\ufffd" if unicodedata.category(char)[0] == "C" else char for char in " ".join(text.split()))
-    return "".join(visible)
+    return _visible(" ".join(text.split()))
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -132,12 +131,17 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
+        finalize=lambda value: _visible(value) if type(value) is str else value,  # not `Markup`, which was made here
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, duration=duration)
     return environment
+
+
+def _visible(text: str) -> str:
+    return "".join("\ufffd" if unicodedata.category(char)[0] == "C" and char not in "\n\t" else char for char in text)
 
 
 def _reduced(image: np.ndarray, longest: int) -> Image.Image:

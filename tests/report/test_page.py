@@ -5,6 +5,7 @@ import shlex
 import jinja2
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from dmsec_jax.data.images import to_uint8
@@ -68,3 +69,9 @@ def test_duration(seconds, text):
 def test_figures_without_a_value_are_dashes():
     assert [html.number(value) for value in (0.456, None, np.nan)] == ["0.46", html.DASH, html.DASH]
     assert html.between(-np.inf, np.inf) == html.between(None, None) == ""
+
+
+def test_templates_show_no_control_characters():
+    template = html._environment().from_string("{{ text }}{{ markup }}")
+    shown = template.render(text="<b>\x1b[31m\u202ered\x00 dog</b>\n", markup=Markup("<i>kept</i>"))
+    assert shown == "&lt;b&gt;\ufffd[31m\ufffdred\ufffd dog&lt;/b&gt;\n<i>kept</i>"
