@@ -6,6 +6,7 @@ import os
 import sys
 
 VERBS = {
+    "authenticate": "were these pictures used to fine-tune that model? (CGI-DM and membership tests)",
     "demo": "the whole story on the embedded model: fine-tune on ten pictures, extract them, report",
     "extract": "which training pictures does a fine-tuned model give away? (FineXtract and baselines)",
     "finetune": "fine-tune a model on a few pictures (DreamBooth; full weights or LoRA)",
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in VERBS:
         asked_for_help = not argv or argv[0] in ("-h", "--help")
-        lines = "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
+        lines = "\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items())
         print(f"usage: dmsec VERB [options]\n\n{lines}\n\ndmsec VERB --help lists the options of a verb.")
         return 0 if asked_for_help else _refuse(f"no verb {argv[0]!r}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on slow compilation are no news to a user

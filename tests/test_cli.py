@@ -12,7 +12,7 @@ from dmsec_jax.data.images import save_png
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
 STEPS = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2"]
 LAST = [*STEPS, "patterns=[conv_out]"]  # training one layer compiles fast
-SAME = "The two models are the same: nothing was learnt, so nothing can be read out."
+SAME = "The two models are the same: nothing was learnt, so nothing can be found."
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +212,14 @@ def test_hold_outs_that_were_trained_on_do_not_count(tiny_folder, pictures, tmp_
         (some / path.name).write_bytes(path.read_bytes())
     save_png(some / "new.png", np.zeros((16, 16, 3), np.float32))
     found = audited(tiny_folder, pictures, tmp_path / "out", *plain, str(some))
-    assert any("2 hold-outs are training pictures and were left out: 0.png, 1.png" in note for note in found["notes"])
+    assert any(
+        "2 hold-outs are among the pictures in question and were left out: 0.png, 1.png" in note
+        for note in found["notes"]
+    )
     assert len(found["details"]["methods"]["plain"]["holdouts"]) == 1
     common = ["--images", str(pictures), "--prompt", "a red dog", "--base", str(tiny_folder)]
     assert cli.main(["extract", *common, "--model", str(tiny_folder), *SMALL, *plain, str(pictures)]) == 1
-    assert "holdout must be pictures that were not trained on" in capsys.readouterr().err
+    assert "hold-outs must be other pictures than those in question" in capsys.readouterr().err
 
 
 def test_a_baseline_that_explodes_costs_the_others_nothing(tiny_folder, pictures, tmp_path):

@@ -107,7 +107,7 @@ def run(cfg: Config) -> int:
         seconds={"loading": time.monotonic() - began},
         config=config.to_dict(cfg),
         inputs={"base": base.sha256, "model": tuned.sha256},
-        notes=_same_model(base, tuned),
+        notes=same_model(base, tuned),
     )
     report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown"})
     console.print(report.summary(found), markup=False, highlight=False)
@@ -140,7 +140,7 @@ def extract(
         draw_fn: draws the pictures, or brings those of an earlier run; default: `audit.sweep` with a progress bar.
     """
     features = check(settings, number_known=number is not None)
-    holdout, overlap = _unseen(pictures, holdout)
+    holdout, overlap = images.unseen(pictures, holdout, "hold-outs")
     seconds = dict(seconds)
     with Progress(console=console, transient=True) as progress:
         draw = draw_fn or _drawer(progress, settings, jax.random.key(settings.seed), seconds)
@@ -183,32 +183,15 @@ def extract(
     )
 
 
-def _same_model(base: pipeline.Pipeline, tuned: pipeline.Pipeline) -> list[str]:
+def same_model(base: pipeline.Pipeline, tuned: pipeline.Pipeline) -> list[str]:
     """Notes on parts of the two models that are equal or differ where they should not."""
     equal = lambda name: jax.tree.all(jax.tree.map(jnp.array_equal, base.params[name], tuned.params[name]))
     notes = []
     if equal("unet") and equal("text_encoder"):
-        notes.append("The two models are the same: nothing was learnt, so nothing can be read out.")
+        notes.append("The two models are the same: nothing was learnt, so nothing can be found.")
     if not equal("vae"):
         notes.append("The fine-tuned model has another autoencoder; pictures are decoded by that of the base model.")
     return notes
-
-
-def _unseen(pictures: ImageSet, holdout: ImageSet | None) -> tuple[ImageSet | None, list[str]]:
-    """The hold-outs that are no training pictures, and a note if some were.
-
-    Raises:
-        ValueError: if none is left.
-    """
-    if holdout is None:
-        return None, []
-    trained = set(pictures.sha256)
-    new = [i for i, digest in enumerate(holdout.sha256) if digest not in trained]
-    same = [holdout.names[i] for i in range(len(holdout)) if i not in new]
-    cure = "name a folder of others, or leave it out"
-    require(bool(new), "holdout", "pictures that were not trained on", f"{len(same)} training pictures", cure)
-    note = f"{len(same)} hold-outs are training pictures and were left out: {', '.join(same)}"
-    return (images.reorder(holdout, new), [note]) if same else (holdout, [])
 
 
 def check(settings: Settings, *, number_known: bool = True) -> audit.Features:

@@ -106,6 +106,26 @@ def split(pictures: ImageSet, count: int) -> tuple[ImageSet, ImageSet | None]:
     return reorder(pictures, range(min(count, len(pictures)))), reorder(pictures, rest) if rest else None
 
 
+def unseen(pictures: ImageSet, others: ImageSet | None, what: str) -> tuple[ImageSet | None, tuple[str, ...]]:
+    """Those of `others` that are not among `pictures`, told by their files, and a note on the rest.
+
+    Args:
+        what: the name of `others`, in the plural, for the note and the error.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    if others is None:
+        return None, ()
+    known = set(pictures.sha256)
+    new = [i for i, digest in enumerate(others.sha256) if digest not in known]
+    same = [others.names[i] for i in range(len(others)) if i not in new]
+    cure = "name a folder of others, or leave it out"
+    require(bool(new), what, "other pictures than those in question", f"{len(same)} of the same", cure)
+    note = f"{len(same)} {what} are among the pictures in question and were left out: {', '.join(same)}"
+    return (reorder(others, new), (note,)) if same else (others, ())
+
+
 def from_uint8(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
     """0..255 -> [-1, 1]."""
     return image.astype(np.float32) / np.float32(127.5) - 1

@@ -63,7 +63,7 @@ def predicts_noise(model_fn: ModelFn, schedule: ScheduleConfig) -> ModelFn:
     return lambda z_t, t: to_eps(alpha_bar, model_fn(z_t, t).astype(jnp.float32), z_t, t, schedule.prediction_type)
 
 
-def loss(
+def losses(
     key: Key,
     model_fn: ModelFn,
     z0: Latent,
@@ -73,9 +73,20 @@ def loss(
     draw: Draw = draws.uniform_draw,
     window: Window | None = None,
     index: Int[AnyArray, "B"] | None = None,
-) -> PerExample:
-    """Mean over K draws of |eps_theta(z_t, t) - eps|^2; `draws.listed_draw([t])` asks at one timestep."""
-    return _losses(key, model_fn, z0, schedule, num_draws, draw, window, index).mean(axis=1)
+    chunk: int = 1,
+) -> Float[Array, "B K"]:
+    """|eps_theta(z_t, t) - eps|^2 / entries at each of K draws of (t, eps); `draws.listed_draw([t])` asks at one timestep.
+
+    Options as `diffusion.loss.monte_carlo_loss`: the same key asks several models on the same draws.
+    """
+    eps_fn, alpha_bar = predicts_noise(model_fn, schedule), alpha_bars(schedule)
+    options = {"num_draws": num_draws, "draw": draw, "window": window, "index": index, "chunk": chunk}
+    return monte_carlo_loss(key, eps_fn, alpha_bar, z0, **options)
+
+
+def loss(key: Key, model_fn: ModelFn, z0: Latent, schedule: ScheduleConfig, **options) -> PerExample:
+    """Mean over K draws of |eps_theta(z_t, t) - eps|^2. Options as `losses`."""
+    return losses(key, model_fn, z0, schedule, **options).mean(axis=1)
 
 
 def loss_difference(
@@ -85,24 +96,29 @@ def loss_difference(
     z0: Latent,
     schedule: ScheduleConfig,
     *,
-    num_draws: int,
-    draw: Draw = draws.uniform_draw,
-    window: Window | None = None,
-    index: Int[AnyArray, "B"] | None = None,
     common: bool = True,
+    **options,
 ) -> Difference:
     """Loss of the base model minus that of the fine-tuned one, both on the same draws of (t, noise).
 
     Args:
-        num_draws: K, at least 2 for a finite t statistic.
         common: False draws noise and timesteps for the two apart, to show what common draws are worth.
+        options: as `losses`; `num_draws` of at least 2 for a finite t statistic.
     """
-    options = (z0, schedule, num_draws, draw, window, index)
-    base = _losses(key, base_fn, *options)
-    tuned = _losses(key if common else jax.random.fold_in(key, 1), tuned_fn, *options)
+    base = losses(key, base_fn, z0, schedule, **options)
+    return difference(base, losses(key if common else apart(key), tuned_fn, z0, schedule, **options))
+
+
+def difference(base: Float[Array, "B K"], tuned: Float[Array, "B K"]) -> Difference:
+    """Of two models' losses on the same draws."""
     gap = base - tuned
-    error = jnp.std(gap, axis=1, ddof=1) / jnp.sqrt(num_draws)
+    error = jnp.std(gap, axis=1, ddof=1) / jnp.sqrt(gap.shape[1])
     return Difference(gap.mean(axis=1), gap.mean(axis=1) / error)
+
+
+def apart(key: Key) -> Key:
+    """The key of the fine-tuned model's own draws, where they are not common."""
+    return jax.random.fold_in(key, 1)
 
 
 def secmi(model_fn: ModelFn, z0: Latent, schedule: ScheduleConfig, *, t: int = 100, interval: int = 10) -> PerExample:
@@ -182,7 +198,7 @@ def clid(
 ) -> PerExample:
     """E[L(z0; null) - L(z0; c)] on common draws: a model that overfits knows its pictures by their captions.
 
-    Options as `loss_difference`.
+    Options as `losses`.
     """
     return loss_difference(key, unconditional_fn, conditional_fn, z0, schedule, **options).mean
 
@@ -224,11 +240,6 @@ def gradient_norms(
         return jax.lax.map(one, jnp.arange(grid.size)).mean(axis=0)
 
     return jax.lax.map(whole if variant == 1 else each, (z0, index))
-
-
-def _losses(key, model_fn, z0, schedule, num_draws, draw, window, index) -> Float[Array, "B K"]:
-    eps_fn, alpha_bar = predicts_noise(model_fn, schedule), alpha_bars(schedule)
-    return monte_carlo_loss(key, eps_fn, alpha_bar, z0, num_draws=num_draws, draw=draw, window=window, index=index)
 
 
 def _of_noise(schedule: ScheduleConfig) -> ScheduleConfig:

@@ -191,6 +191,10 @@ def set_evidence(seed: int, scores, null, *, draws: int = 10_000) -> SetEvidence
     unused pictures of the set are exchangeable with the null: of the same artist or subject, prepared in the same way.
     """
     scores, null = checked_scores(scores), checked_scores(null, "null")
+    if min(len(scores), len(null)) == 1:  # then the test is one of ranks
+        single, others = (scores[0], null) if len(scores) == 1 else (-null[0], -scores)
+        p_value = float((1 + (others >= single).sum()) / (1 + len(others)))
+        return SetEvidence(float(scores.mean() - null.mean()), p_value, True, 1 + len(others))
     result = stats.permutation_test(
         (scores, null),
         lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis),

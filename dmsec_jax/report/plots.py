@@ -13,6 +13,8 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dmsec_jax.metrics.evidence import Roc
+
 INK, MUTED, LINE, MARK, NULL = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
 """Stand-ins that become the CSS variables of `VARIABLES`."""
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", MARK: "--mark", NULL: "--null"}
@@ -55,21 +57,41 @@ def drawing(width: float, height: float, description: str, prefix: str) -> Itera
         finished.append(_inline(stream.getvalue(), description, prefix))
 
 
-def strips(lines: Sequence[Strip], threshold: float) -> Markup:
-    """One line of dots per method: training pictures filled above, hold-outs hollow below, the threshold dashed."""
-    description = f"Best score of each picture by method; the threshold is {threshold:.2f}"
+def strips(lines: Sequence[Strip], threshold: float | None, label: str = "similarity of the best extraction") -> Markup:
+    """One line of dots per method: training pictures filled above, hold-outs hollow below, the threshold, if any, dashed."""
+    limit = "" if threshold is None else f"; the threshold is {threshold:.2f}"
+    description = f"Score of each picture by method{limit}"
     with drawing(5.6, 0.75 + 0.45 * len(lines), description, "strips") as (axes, finished):
         for position, line in enumerate(reversed(lines)):
             axes.axhline(position, color=LINE, linewidth=0.8, zorder=0)
             for scores, lift, face, edge in ((line.training, 0.13, MARK, MARK), (line.holdouts, -0.13, "none", NULL)):
                 level = np.full(len(scores), position + lift)
                 axes.scatter(scores, level, s=34, facecolors=face, edgecolors=edge, linewidths=1.2, alpha=0.85)
-        axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        if threshold is not None:
+            axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         axes.set_yticks(range(len(lines)), [_shortened(line.label) for line in reversed(lines)])
         axes.set_ylim(-0.55, len(lines) - 0.45)
-        axes.set_xlabel("similarity of the best extraction")
+        axes.set_xlabel(label)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
+    return finished[0]
+
+
+def roc(curves: Sequence[tuple[str, Roc]]) -> Markup:
+    """ROC curves, the first strong, the others faint, with the diagonal of chance."""
+    description = f"ROC curves of {', '.join(label for label, _ in curves)}"
+    with drawing(5.6, 3.4, description, "roc") as (axes, finished):
+        axes.plot([0, 1], [0, 1], color=LINE, linewidth=1, linestyle=(0, (4, 3)))
+        styles = itertools.cycle(["-", "--", ":", "-."])
+        for i, ((label, found), style) in enumerate(zip(curves, styles, strict=False)):
+            look = (
+                {"color": MARK, "linewidth": 2.2} if i == 0 else {"color": NULL, "linewidth": 1.2, "linestyle": style}
+            )
+            axes.step(found.false_positive, found.true_positive, where="post", label=_shortened(label), **look)
+        axes.set_xlabel("share of non-members above the threshold")
+        axes.set_ylabel("share of your pictures")
+        axes.tick_params(axis="y", labelcolor=MUTED)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     return finished[0]
 
 

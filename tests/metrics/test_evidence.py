@@ -156,3 +156,11 @@ def test_bad_options_are_refused():
         evidence.holm([0.5, 1.5])
     with pytest.raises(ValueError, match="pictures x recoveries"):
         evidence.paired_scores(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_set_of_one_is_judged_by_its_rank(sign):
+    many, one = np.array([1.0, 2.0, 3.0, 4.0]), np.array([3.5])
+    found = evidence.set_evidence(0, one, many) if sign == 1 else evidence.set_evidence(0, -many, -one)
+    assert (found.p_value, found.exact, found.permutations) == (2 / 5, True, 5)
+    assert found.difference == pytest.approx(1.0)

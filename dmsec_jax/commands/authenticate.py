@@ -1,0 +1,246 @@
+"""`dmsec authenticate`: were these pictures used to fine-tune that model?"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from dmsec_jax import authentication, pipeline
+from dmsec_jax.authentication import METHODS, RECOVERING, Settings, Unfinished
+from dmsec_jax.commands.extract import same_model
+from dmsec_jax.core import config
+from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import atomic_file
+from dmsec_jax.data import images
+from dmsec_jax.data.images import ImageSet
+from dmsec_jax.pipeline import Subject
+from dmsec_jax.report import authentication as report
+from dmsec_jax.report import page
+from dmsec_jax.report.authentication_data import Authentication, Outcome, Recovered
+
+DEFAULT = ("loss-difference", "cgi-dm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tell whether pictures were used to fine-tune a diffusion model, and how sure that is (CGI-DM and membership tests)."""
+
+    model: Path
+    """The fine-tuned model, a diffusers folder."""
+    prompt: str
+    """The prompt it was, or may have been, fine-tuned with."""
+    images: Path
+    """Folder of the pictures in question."""
+    non_members: Path | None = None
+    """Folder of pictures like them that were certainly not trained on; without them nothing can be concluded. Twenty are a good number."""
+    base: Path = pipeline.EMBEDDED
+    """The model that it was made from."""
+    methods: tuple[str, ...] = DEFAULT
+    """Tests; the verdict rests on the first. loss-difference is the cheapest sure one, cgi-dm shows pictures that a person can judge; see the
+    README for the others."""
+    out: Path = Path("out/authenticate")
+    seed: int = 0
+    settings: Settings = Settings()
+
+
+def run(cfg: Config) -> int:
+    """Writes `out/result.json`, `out/report.html` and `out/pictures`; prints the summary."""
+    console = Console()
+    began = time.monotonic()
+    check(cfg.methods, cfg.settings)
+    require(0 <= cfg.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", cfg.seed, "choose another")
+    base, tuned = pipeline.load(cfg.base), pipeline.load(cfg.model)
+    pipeline.require_same_architecture(base, tuned)
+    pictures = images.read_folder(cfg.images, base.pixels)
+    non_members = images.read_folder(cfg.non_members, base.pixels) if cfg.non_members else None
+    found = authenticate(
+        Subject(base, tuned.params, cfg.prompt),
+        pictures,
+        non_members,
+        cfg.methods,
+        cfg.settings,
+        seed=cfg.seed,
+        console=console,
+        folder=cfg.out,
+        tuned_label=str(cfg.model),
+        seconds={"loading": time.monotonic() - began},
+        config=config.to_dict(cfg),
+        inputs={"base": base.sha256, "model": tuned.sha256},
+        notes=same_model(base, tuned),
+    )
+    report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown", "n0": len(pictures)})
+    console.print(report.summary(found), markup=False, highlight=False)
+    console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
+    return 0
+
+
+def check(methods: Sequence[str], settings: Settings) -> None:
+    """Refuses, before anything is computed, what cannot be done.
+
+    Raises:
+        ValueError: on unknown, repeated or missing methods, or numbers out of range.
+    """
+    known = [name for name in METHODS if name != "base-loss"]
+    odd = [name for name in methods if name not in known]
+    require(not odd, "methods", f"of {', '.join(known)}", ", ".join(odd), "correct the name")
+    different = len(methods) > 0 and len(set(methods)) == len(methods)
+    require(different, "methods", "at least one, each once", " ".join(methods) or "none", "name each once")
+    for name, low in {"num_draws": 2, "cgi_draws": 1, "batch_size": 1, "chunk": 1}.items():
+        value = getattr(settings, name)
+        require(value >= low, name, f"at least {low}", value, "raise it")
+    for name in ("eps", "alpha"):
+        value = getattr(settings, name)
+        require(0 < value < np.inf, name, "above 0", value, "for example the default")
+    authentication.require_steps(settings.num_steps)
+
+
+def authenticate(
+    subject: Subject,
+    pictures: ImageSet,
+    non_members: ImageSet | None,
+    methods: Sequence[str],
+    settings: Settings,
+    *,
+    seed: int,
+    console: Console,
+    folder: Path,
+    tuned_label: str,
+    seconds: dict[str, float],
+    config: dict,
+    inputs: dict[str, str],
+    notes: Sequence[str] = (),
+) -> Authentication:
+    """Asks all tests about the pictures and the non-members, and gathers what the report shows.
+
+    Args:
+        folder: where CGI-DM, which takes longest, keeps its state until it is finished; the same call goes on from there.
+        seconds, config, inputs: of the whole command so far.
+        notes: sentences on what deserves attention, known so far.
+    """
+    non_members, overlap = images.unseen(pictures, non_members, "non-members")
+    seconds, count = dict(seconds), len(pictures)
+    everything = pictures.images
+    if non_members is not None:
+        everything = np.concatenate([everything, non_members.images])
+    inputs = inputs | {
+        f"{kind} {name}": digest
+        for kind, part in (("picture", pictures), ("non-member", non_members))
+        if part is not None
+        for name, digest in zip(part.names, part.sha256, strict=True)
+    }
+    key = jax.random.key(seed)
+    plain = [name for name in methods if name not in RECOVERING]
+    began = time.monotonic()
+    with console.status("asking both models about every picture"):
+        scores = authentication.statistics(key, subject, everything, [*plain, "base-loss"], settings)
+    seconds["statistics"] = time.monotonic() - began
+    recoveries, remarks = {}, []
+    for name in methods:
+        if name in RECOVERING:
+            began = time.monotonic()
+            origin = [name, subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items())]
+            store = _Store(folder / f"{name}.unfinished.npz", origin)
+            recoveries[name] = found = _recover(key, subject, everything, settings, name, store, console)
+            scores[name] = -found.error
+            remarks += _remarks(name, found)
+            seconds[METHODS[name].label] = time.monotonic() - began
+    tests = {
+        name: Outcome(
+            name=name,
+            label=METHODS[name].label,
+            description=METHODS[name].description,
+            evaluations=METHODS[name].evaluations(settings),
+            scores=scores[name][:count],
+            null=None if non_members is None else scores[name][count:],
+        )
+        for name in (*methods, "base-loss")
+    }
+    recovered = next(iter(recoveries.values()), None)
+    part = lambda rows: Recovered(
+        partial=recovered.partial[rows], images=recovered.images[rows], error=recovered.error[rows]
+    )
+    return Authentication(
+        prompt=subject.prompt,
+        base=str(subject.base.folder.name),
+        tuned=tuned_label,
+        pictures=pictures.images,
+        names=pictures.names,
+        non_members=None if non_members is None else non_members.images,
+        non_member_names=() if non_members is None else non_members.names,
+        tests=tuple(tests[name] for name in methods),
+        control=tests["base-loss"],
+        recovered=part(slice(count)) if recovered else None,
+        non_members_recovered=part(slice(count, None)) if recovered and non_members is not None else None,
+        seed=seed,
+        notes=(*notes, *pictures.notes, *(() if non_members is None else non_members.notes), *overlap, *remarks),
+        command=page.command_line(sys.argv[1:]),
+        config=config,
+        seeds={"seed": seed},
+        seconds=seconds,
+        inputs=inputs,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """The state of an unfinished CGI-DM in a file, bound to what it was made from."""
+
+    path: Path
+    origin: list
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.origin).encode()).hexdigest()
+
+    def read(self) -> Unfinished | None:
+        """What was saved by the same call; None if there is nothing of it, or it cannot be read."""
+        try:
+            with np.load(self.path, allow_pickle=False) as stored:
+                if str(stored["digest"]) == self.digest:
+                    return Unfinished(*(stored[name] for name in Unfinished._fields))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass
+        return None
+
+    def write(self, state: Unfinished) -> None:
+        with atomic_file(self.path) as file:
+            np.savez(file, digest=self.digest, **state._asdict())
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _recover(key, subject, everything, settings, name, store: _Store, console) -> authentication.Recovery:
+    """CGI-DM with a progress bar, saved after every chunk, gone on with where an earlier call was stopped."""
+    earlier = store.read()
+    total = settings.num_steps * len(everything)
+    with Progress(console=console, transient=True) as progress:
+        done = 0 if earlier is None else int(earlier.done.sum())
+        task = progress.add_task(METHODS[name].label, total=total, completed=done)
+
+        def on_chunk(state: Unfinished) -> None:
+            store.write(state)
+            progress.update(task, completed=int(state.done.sum()))
+
+        found = authentication.recover(key, subject, everything, settings, name=name, resume=earlier, on_chunk=on_chunk)
+    store.remove()
+    return found
+
+
+def _remarks(name: str, found: authentication.Recovery) -> list[str]:
+    skipped = int((found.skipped > 0).sum())
+    label = METHODS[name].label
+    return (
+        [f"{label}: {skipped} pictures had steps whose gradient was not finite; those changed nothing."]
+        if skipped
+        else []
+    )
