@@ -5,7 +5,6 @@ from the same noise with the same number of network evaluations. Guidance weight
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import time
@@ -17,22 +16,19 @@ import tyro
 from rich.console import Console
 
 from benchmarks import harness
+from benchmarks.trained import Training
 from dmsec_jax import audit, pipeline
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import extract, finetune
-from dmsec_jax.commands.demo import PICTURES
+from dmsec_jax.commands import extract
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
-from dmsec_jax.data.images import ImageSet
-from dmsec_jax.finetune import dreambooth
 from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.report import extraction as report
 from dmsec_jax.report.result import Row, row_over
 
 TUNING_SEED = 1000
 METHODS = extract.Settings().methods
-LORA = ("lora.rank=64", "lora.alpha=64", "lora.targets=attention+ff+conv", "tune.learning_rate=0.001")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,58 +99,20 @@ def _write(cfg: Config, results: list[dict], notes: list[str], seconds: float) -
     harness.write("extraction", rows, settings, {"all": seconds}, notes)
 
 
-def read_set(name: str, pixels: int) -> ImageSet:
-    """All pictures of a set: the shipped OpenMoji animals, or every picture of a folder and of the folders in it."""
-    root = PICTURES if name == "openmoji" else Path(name)
-    require(root.is_dir(), "set", "openmoji or a folder of pictures", name, "correct the path")
-    inside = sorted(path for path in root.iterdir() if path.is_dir())
-    parts = [images.read_folder(folder, pixels) for folder in inside or [root]]
-    fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(ImageSet)}
-    joined = {name: tuple(itertools.chain(*values)) for name, values in fields.items() if name != "images"}
-    return ImageSet(images=np.concatenate(fields["images"]), **joined)
-
-
-class _Training:
-    """One training: its pictures and hold-outs drawn by the seed, and the models after each of `cfg.steps`, trained when first asked for."""
+class _Training(Training):
+    """A training whose pictures are kept in `work`."""
 
     def __init__(self, cfg: Config, base: pipeline.Pipeline, name: str, tuner: str, n0: int, seed: int):
-        everything = read_set(name, base.pixels)
-        short = f"{len(everything)} pictures"
-        require(len(everything) > n0, name, f"a set of more than {n0} pictures", short, "lower n0")
-        order = np.random.default_rng(seed).permutation(len(everything))
-        self.pictures, self.holdout = images.split(images.reorder(everything, order), n0)
-        self.base, self.name, self.tuner, self.n0, self.seed, self.cfg = base, Path(name).name, tuner, n0, seed, cfg
-        self.prompt = "an openmoji icon of an animal" if name == "openmoji" else "a picture in sks style"
-        overrides = (*(LORA if tuner == "lora" else ()), f"tune.num_steps={max(cfg.steps)}", *cfg.set)
-        self.recipe = finetune.read_recipe(None, overrides)
-        odd = [count for count in cfg.steps if count % self.recipe.chunk_steps]
-        require(not odd, "steps", f"multiples of {self.recipe.chunk_steps}", odd, "round them")
-
-    def case(self, steps: int) -> dict:
-        return {"set": self.name, "tuner": self.tuner, "n0": self.n0, "steps": steps}
-
-    @functools.cached_property
-    def models(self) -> dict[int, dict]:
-        """Parameters after each of `cfg.steps` steps."""
-        kept = {}
-
-        def keep(done, info, state):
-            if done in self.cfg.steps:
-                kept[done] = jax.device_get(finetune.merged(self.base, self.recipe, dreambooth.averaged(state)))
-
-        prompts = [self.prompt] * len(self.pictures)
-        key = jax.random.key(self.seed)
-        finetune.tune(key, self.base, self.pictures.images, prompts, self.recipe, on_chunk=keep)
-        return kept
+        super().__init__(base, name, tuner, n0, seed, cfg.steps, cfg.set)
+        self.cfg = cfg
 
     def draw(self, steps: int, method: str, weight: float | None, evaluations: int) -> audit.Generated:
         """Pictures of one method in eight bits, as a user would keep them; drawn once, then read from `cfg.work`.
 
         `steps` 0 is the base model.
         """
-        folder = f"{self.name}_{self.tuner}_{self.n0}_seed{self.seed}"
-        path = self.cfg.work / folder / f"{steps}_{method}_{weight or 0:g}_{evaluations}.npz"
-        # with a constant learning rate a model is the same however long its training goes on: `cfg.steps` does not count
+        path = self.cfg.work / self.folder / f"{steps}_{method}_{weight or 0:g}_{evaluations}.npz"
+        # `cfg.steps` does not count, see `Training.models`
         settings = json.dumps([self.base.sha256, self.cfg.num_steps, self.cfg.set])
         if path.is_file():
             with np.load(path) as stored:

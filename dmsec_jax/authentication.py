@@ -130,39 +130,47 @@ def statistics(
     for name in names:
         require(name in known, "method", f"one of {', '.join(known)}", repr(name), "choose one of them")
     image_batch("images", images)
+    parts = dict.fromkeys(part for name in names for part in LOSSES.get(name, ()) if part is not None)
+    drawn = losses(key, subject, images, list(parts), settings) | {None: np.zeros(1)}
     rows = {"z0": latents(subject, images), "index": jnp.arange(len(images))}
     if "pfami" in names:
         crops = [latents(subject, _cropped(images, share)) for share in CROPS]
         rows["neighbours"] = jnp.stack(crops, axis=1)  # [N, M, h, w, c]
-    networks = _networks(subject)
-    options = {
-        "settings": settings,
-        "schedule": subject.base.schedule,
-        "predict_fn": subject.base.functions.predict_fn,
-    }
-
-    def evaluate(run) -> np.ndarray:
-        found = pipeline.batched(lambda part: (run(part),), rows, settings.batch_size)
-        return np.concatenate([np.asarray(out, np.float64) for (out,) in found])
-
-    @functools.cache
-    def losses(which: str | None) -> np.ndarray:
-        if which is None:
-            return np.zeros(1)
-        own = membership.apart(key) if which == "tuned-apart" else key
-        return evaluate(lambda part: _losses(own, part, networks[which.removesuffix("-apart")], **options))
+    options = {"settings": settings, **_static(subject)}
+    network = _networks(subject)["tuned"]
 
     def one(name: str) -> np.ndarray:
         if name in LOSSES:
-            first, second = map(losses, LOSSES[name])
-            return (first - second).mean(axis=1)
-        return evaluate(lambda part: _statistic(key, part, networks["tuned"], name=name, **options))
+            first, second = (drawn[part] for part in LOSSES[name])
+            return (first - second).mean(axis=-1)
+        run = lambda part: _statistic(key, part, network, name=name, **options)
+        return _whole(run, rows, settings)
 
     found = {name: one(name) for name in names}
     for name, scores in found.items():
         broken = np.flatnonzero(~np.isfinite(scores))
         cure = "check the weights of both models, for example that they were not trained into NaN"
         require(not len(broken), f"scores of {name}", "finite", f"{len(broken)} of {len(scores)} that are not", cure)
+    return found
+
+
+def losses(
+    key, subject: Subject, images: np.ndarray, which: Sequence[str], settings: Settings = Settings()
+) -> dict[str, np.ndarray]:
+    """Losses [N, K] of each picture [N, H, W, 3] in [-1, 1] at K = `settings.num_draws` draws.
+
+    Args:
+        which: "base", "tuned", "unconditional" (the tuned model without a prompt), all on the same draws, and "tuned-apart", on others.
+    """
+    rows = {"z0": latents(subject, images), "index": jnp.arange(len(images))}
+    networks, options = _networks(subject), {"settings": settings, **_static(subject)}
+    found = {}
+    for name in which:
+        own = membership.apart(key) if name == "tuned-apart" else key
+        network = networks[name.removesuffix("-apart")]
+        found[name] = _whole(
+            lambda part, own=own, network=network: _losses(own, part, network, **options), rows, settings
+        )
     return found
 
 
@@ -274,6 +282,17 @@ def _networks(subject: Subject) -> dict[str, dict[str, Params]]:
         "tuned": {"unet": tuned["unet"], "context": prompt},
         "unconditional": {"unet": tuned["unet"], "context": empty},
     }
+
+
+def _static(subject: Subject) -> dict:
+    """What is compiled in."""
+    return {"schedule": subject.base.schedule, "predict_fn": subject.base.functions.predict_fn}
+
+
+def _whole(run: Callable, rows, settings: Settings) -> np.ndarray:
+    """`run` over batches, joined, float64."""
+    found = pipeline.batched(lambda part: (run(part),), rows, settings.batch_size)
+    return np.concatenate([np.asarray(out, np.float64) for (out,) in found])
 
 
 def _bound(predict_fn, network):
