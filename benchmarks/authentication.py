@@ -118,11 +118,9 @@ def _recovered(cfg: Config, key, subject, pictures: np.ndarray, name: str) -> di
     """Errors after every chunk, and how alike pictures [N] and final recoveries [N] are, as a matrix [N, N]."""
     errors, state = [], None
     for done in range(CHUNK, cfg.settings.num_steps + 1, CHUNK):
-        last = []
+        last: list[authentication.Unfinished] = []
         settings = dataclasses.replace(cfg.settings, num_steps=done)
-        found = authentication.recover(
-            key, subject, pictures, settings, name=name, resume=state, on_chunk=lambda s: last.append(s)
-        )
+        found = authentication.recover(key, subject, pictures, settings, name=name, resume=state, on_chunk=last.append)
         state = last[-1]
         errors.append(found.error)
     features = [similarity.embed(part) for part in (pictures, found.images)]
