@@ -46,7 +46,7 @@ class Config:
     """At most; half of them set the threshold that is transferred to the other half."""
     steps: tuple[int, ...] = (10, 25, 50, 125)
     seeds: int = 5
-    settings: Settings = Settings(num_draws=32, num_steps=75)
+    settings: Settings = Settings(num_draws=32, num_steps=50)
     control: int = 0
     """Audits of pictures that were not used, each of a model of its own, with the loss difference; 0 leaves them out."""
     control_steps: int = 50

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS
@@ -109,7 +110,9 @@ def plot(studies: list[Study], path: Path) -> None:
                     if pictures == "holdout":
                         panel.plot(x, y, line, color=colour, linewidth=0.9)
                         continue
-                    error = [[r["value"] - r["low"] for _, r in points], [r["high"] - r["value"] for _, r in points]]
+                    # one seed has no interval
+                    spans = [(r["value"], r["value"]) if r["low"] is None else (r["low"], r["high"]) for _, r in points]
+                    error = np.abs(np.array(spans).T - y)
                     panel.errorbar(
                         x, y, error, fmt=line, marker=mark, ms=4, lw=1.3, color=colour, label=name, capsize=2
                     )
@@ -155,6 +158,8 @@ def _figure(row: dict | None, *, brief: bool = False, signed: bool = False) -> s
     if brief:
         return f"{row['value']:.2f}"
     sign = "+" if signed else ""
+    if row["low"] is None:
+        return f"{row['value']:{sign}.2f}"
     text = f"{row['value']:{sign}.2f} [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
     return f"**{text}**" if signed and (row["low"] > 0 or row["high"] < 0) else text
 

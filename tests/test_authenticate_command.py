@@ -9,6 +9,7 @@ from dmsec_jax import authentication, cli
 from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.num-draws", "4", "--settings.num-steps", "50", "--settings.tile", "2", "--settings.chunk", "2"]
+SMALL += ["--settings.cgi-draws", "1"]
 SMALL += ["--settings.batch-size", "2", "--settings.secmi-timestep", "20", "--settings.pfami-timesteps", "100"]
 SMALL += ["--settings.gradient-timesteps", "100", "200"]
 
@@ -60,6 +61,7 @@ def test_without_non_members_nothing_is_concluded(tiny_folder, sets, tmp_path):
     assert result["details"]["tests"]["loss-difference"]["pictures"][0]["p_value"] is None
 
 
+@pytest.mark.slow  # compiles CGI-DM once more
 def test_a_stopped_recovery_goes_on(tiny_folder, sets, tmp_path, monkeypatch):
     recover, starts = authentication.recover, []
 

@@ -15,6 +15,7 @@ from dmsec_jax.methods import membership
 SMALL = Settings(
     num_draws=4,
     num_steps=50,
+    cgi_draws=1,
     tile=2,
     batch_size=2,
     chunk=2,

@@ -80,7 +80,8 @@ def test_demo_trains_on_all_pictures_where_hold_outs_are_given(tmp_path):
 def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory, tmp_path):
     pictures = folder_of(tmp_path_factory.mktemp("more"), 6)
     model = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--number", "4"]
-    assert cli.main(["demo", *model, "--out", str(tmp_path), *STEPS, *SMALL]) == 0
+    fast = ["--membership.num-steps", "2", "--membership.num-draws", "2", "--membership.tile", "2"]
+    assert cli.main(["demo", *model, "--out", str(tmp_path), *STEPS, *SMALL, *fast]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     found = {row["method"] for row in result["rows"] if row["metric"] == "AS"}
     assert found == {"finextract", "cfg", "lora-scale", "plain", "carlini"}

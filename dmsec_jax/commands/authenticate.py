@@ -127,67 +127,73 @@ def authenticate(
         notes: sentences on what deserves attention, known so far.
     """
     non_members, overlap = images.unseen(pictures, non_members, "non-members")
-    seconds, count = dict(seconds), len(pictures)
-    everything = pictures.images
-    if non_members is not None:
-        everything = np.concatenate([everything, non_members.images])
+    sets = {"picture": pictures} | ({} if non_members is None else {"non-member": non_members})
     inputs = inputs | {
         f"{kind} {name}": digest
-        for kind, part in (("picture", pictures), ("non-member", non_members))
-        if part is not None
+        for kind, part in sets.items()
         for name, digest in zip(part.names, part.sha256, strict=True)
     }
-    key = jax.random.key(seed)
-    plain = [name for name in methods if name not in RECOVERING]
-    began = time.monotonic()
-    with console.status("asking both models about every picture"):
-        scores = authentication.statistics(key, subject, everything, [*plain, "base-loss"], settings)
-    seconds["statistics"] = time.monotonic() - began
-    recoveries, remarks = {}, []
-    for name in methods:
-        if name in RECOVERING:
-            began = time.monotonic()
-            origin = [name, subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items())]
-            store = _Store(folder / f"{name}.unfinished.npz", origin)
-            recoveries[name] = found = _recover(key, subject, everything, settings, name, store, console)
-            scores[name] = -found.error
-            remarks += _remarks(name, found)
-            seconds[METHODS[name].label] = time.monotonic() - began
-    tests = {
+    everything, count = np.concatenate([part.images for part in sets.values()]), len(pictures)
+    origin = [subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items())]
+    scores, recoveries, timed = _ask(subject, everything, methods, settings, seed, console, folder, origin)
+    outcomes = {
         name: Outcome(
             name=name,
             label=METHODS[name].label,
             description=METHODS[name].description,
             evaluations=METHODS[name].evaluations(settings),
-            scores=scores[name][:count],
-            null=None if non_members is None else scores[name][count:],
+            scores=found[:count],
+            null=None if non_members is None else found[count:],
         )
-        for name in (*methods, "base-loss")
+        for name, found in scores.items()
     }
-    recovered = next(iter(recoveries.values()), None)
-    part = lambda rows: Recovered(
-        partial=recovered.partial[rows], images=recovered.images[rows], error=recovered.error[rows]
-    )
+    known = {} if non_members is None else {"non_members": non_members.images, "non_member_names": non_members.names}
     return Authentication(
         prompt=subject.prompt,
         base=str(subject.base.folder.name),
         tuned=tuned_label,
         pictures=pictures.images,
         names=pictures.names,
-        non_members=None if non_members is None else non_members.images,
-        non_member_names=() if non_members is None else non_members.names,
-        tests=tuple(tests[name] for name in methods),
-        control=tests["base-loss"],
-        recovered=part(slice(count)) if recovered else None,
-        non_members_recovered=part(slice(count, None)) if recovered and non_members is not None else None,
+        tests=tuple(outcomes[name] for name in methods),
+        control=outcomes["base-loss"],
         seed=seed,
-        notes=(*notes, *pictures.notes, *(() if non_members is None else non_members.notes), *overlap, *remarks),
+        notes=(*notes, *(note for part in sets.values() for note in part.notes), *overlap, *_remarks(recoveries)),
         command=page.command_line(sys.argv[1:]),
         config=config,
         seeds={"seed": seed},
-        seconds=seconds,
+        seconds=seconds | timed,
         inputs=inputs,
+        **known,
+        **_shown(recoveries, count, non_members is not None),
     )
+
+
+def _ask(subject, everything, methods, settings, seed, console, folder, origin):
+    """Evidence [N] of every test and of the control, the recoveries of CGI-DM by name, and wall times."""
+    key, seconds, recoveries = jax.random.key(seed), {}, {}
+    began = time.monotonic()
+    with console.status("asking both models about every picture"):
+        plain = [name for name in methods if name not in RECOVERING]
+        scores = authentication.statistics(key, subject, everything, [*plain, "base-loss"], settings)
+    seconds["statistics"] = time.monotonic() - began
+    for name in methods:
+        if name in RECOVERING:
+            began = time.monotonic()
+            store = _Store(folder / f"{name}.unfinished.npz", [name, *origin])
+            recoveries[name] = _recover(key, subject, everything, settings, name, store, console)
+            scores[name] = -recoveries[name].error
+            seconds[METHODS[name].label] = time.monotonic() - began
+    return scores, recoveries, seconds
+
+
+def _shown(recoveries: dict[str, authentication.Recovery], count: int, known: bool) -> dict[str, Recovered]:
+    """Pictures of the first CGI-DM, of those in question (the first `count`) and of the non-members."""
+    if not recoveries:
+        return {}
+    first = next(iter(recoveries.values()))
+    part = lambda rows: Recovered(partial=first.partial[rows], images=first.images[rows], error=first.error[rows])
+    apart = {"non_members_recovered": part(slice(count, None))} if known else {}
+    return {"recovered": part(slice(count)), **apart}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +242,10 @@ def _recover(key, subject, everything, settings, name, store: _Store, console) -
     return found
 
 
-def _remarks(name: str, found: authentication.Recovery) -> list[str]:
-    skipped = int((found.skipped > 0).sum())
-    label = METHODS[name].label
-    return (
-        [f"{label}: {skipped} pictures had steps whose gradient was not finite; those changed nothing."]
-        if skipped
-        else []
-    )
+def _remarks(recoveries: dict[str, authentication.Recovery]) -> list[str]:
+    counts = {METHODS[name].label: int((found.skipped > 0).sum()) for name, found in recoveries.items()}
+    return [
+        f"{label}: {count} pictures had steps whose gradient was not finite; those changed nothing."
+        for label, count in counts.items()
+        if count
+    ]

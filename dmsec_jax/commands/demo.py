@@ -1,4 +1,4 @@
-"""`dmsec demo`: the whole story. Fine-tune the embedded model on ten pictures, extract them again, open one page that shows it."""
+"""`dmsec demo`: the whole story. Fine-tune the embedded model on ten pictures, extract them again, tell that they were used: one page for each."""
 
 import dataclasses
 import time
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dmsec_jax import pipeline
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import extract, finetune
+from dmsec_jax.commands import authenticate, extract, finetune
 from dmsec_jax.commands.extract import Settings
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
@@ -17,7 +17,9 @@ from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.finetune import recipe
 from dmsec_jax.finetune.progress import progress_bar
+from dmsec_jax.report import authentication as authentication_report
 from dmsec_jax.report import extraction as report
+from dmsec_jax.report.authentication_verdict import verdict
 from dmsec_jax.report.training_data import Course, Sheet
 
 PICTURES = pipeline.EMBEDDED.parent / "openmoji-animals"
@@ -27,7 +29,8 @@ TRAINED = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fine-tune a model on a few pictures by an artist it has never seen, then extract them from it (about five minutes on two cores)."""
+    """Fine-tune a model on a few pictures by an artist it has never seen, extract them from it, and prove that they were used (about six minutes
+    on two cores)."""
 
     images: Path | None = None
     """Your own pictures; default: animals by OpenMoji, which the embedded model has never seen."""
@@ -46,13 +49,19 @@ class Config:
     """Overrides of the recipe, for example tune.num_steps=400."""
     out: Path = Path("out/demo")
     settings: Settings = Settings()
+    """Of the extraction."""
+    compared: int = 20
+    """How many hold-outs the authentication compares with, at most; 0 leaves it out."""
+    membership: authenticate.Settings = authenticate.Settings(cgi_draws=1)
+    """Settings of the authentication."""
 
 
 def run(cfg: Config) -> int:
-    """Writes `out/model`, `out/result.json`, `out/report.html` and pictures; prints a one-screen summary."""
+    """Writes `out/model`, `out/result.json`, `out/report.html`, pictures, and the same in `out/authentication`; prints a one-screen summary."""
     console = Console()
     began = time.monotonic()
     extract.check(cfg.settings)
+    authenticate.check(authenticate.DEFAULT, cfg.membership)
     chosen = finetune.read_recipe(cfg.recipe, cfg.set)
     base = pipeline.load(cfg.model)
     recipe.check(chosen, base.params["unet"], base.schedule)
@@ -85,10 +94,38 @@ def run(cfg: Config) -> int:
     )
     name = PICTURES.name if cfg.images is None else cfg.images.name
     tuner = "full" if chosen.lora is None else "lora"
-    report.write(cfg.out, found, {"set": name, "tuner": tuner, "steps": chosen.tune.num_steps})
-    console.print(report.summary(found), markup=False, highlight=False)
-    console.print(f"\n{time.monotonic() - began:.0f} s in all. Open {cfg.out / 'report.html'}", markup=False)
+    case = {"set": name, "tuner": tuner, "steps": chosen.tune.num_steps}
+    report.write(cfg.out, found, case)
+    pages = [cfg.out / "report.html"]
+    headline = ""
+    if holdout is not None and cfg.compared > 0:
+        some = images.split(holdout, cfg.compared)[0]
+        headline = _authenticate(cfg, Subject(base, tuned.params, prompt), pictures, some, found, case, console)
+        pages.append(cfg.out / "authentication" / "report.html")
+    console.print(report.summary(found), headline, sep="\n\n", markup=False, highlight=False)
+    console.print(f"\n{time.monotonic() - began:.0f} s in all. Open {' and '.join(map(str, pages))}", markup=False)
     return 0
+
+
+def _authenticate(cfg: Config, subject, pictures, holdout, extracted, case, console) -> str:
+    """Writes the page on membership and returns its headline."""
+    folder = cfg.out / "authentication"
+    found = authenticate.authenticate(
+        subject,
+        pictures,
+        holdout,
+        authenticate.DEFAULT,
+        cfg.membership,
+        seed=cfg.settings.seed,
+        console=console,
+        folder=folder,
+        tuned_label=extracted.tuned,
+        seconds={},
+        config=extracted.config,
+        inputs={"base": subject.base.sha256},
+    )
+    authentication_report.write(folder, found, {**case, "n0": len(pictures)})
+    return verdict(found).headline
 
 
 def _pictures(cfg: Config, pixels: int) -> tuple[ImageSet, ImageSet | None]:
