@@ -131,23 +131,30 @@ def plot(studies: list[Study], path: Path) -> None:
 
 
 def table(studies: list[Study]) -> str:
-    """Markdown: AS of the three samplers after agglomerative clustering, and FineXtract's lead at each stage."""
-    head = ["set", "N0", "tuner", "steps", "FineXtract", "guidance", "plain", "hold-outs"]
-    head += [f"lead over {other}: {stage}" for other in ("guidance", "plain") for stage in STAGES]
+    """Markdown: what FineXtract reaches after agglomerative clustering, and its lead in AS over the others, paired by seed."""
+    leads = {
+        "guidance, all samples": ("cfg", "all samples"),
+        "guidance, cliques": ("cfg", "cliques"),
+        "guidance": ("cfg", "agglomerative"),
+        "plain": ("plain", "agglomerative"),
+        "extrapolation": ("lora-scale", "agglomerative"),
+    }
+    head = ["set", "N0", "tuner", "steps", "AS", "hold-outs", "A-ESR", "A-ESR of guidance"]
+    head += [f"lead over {name}" for name in leads]
     lines = [head, ["---"] * len(head)]
-    best = STAGES["agglomerative"]
+    last = STAGES["agglomerative"]
     for study in studies:
         for steps in study.steps:
             at = {"steps": steps, "pictures": "training"}
-            found = [_figure(study.find("AS", name, **at, **best)) for name in ("finextract", "cfg", "plain")]
-            null = _figure(study.find("AS", "finextract", steps=steps, pictures="holdout", **best), brief=True)
-            leads = [
-                _figure(study.find("AS difference", "finextract", against=other, **at, **stage), signed=True)
-                for other in ("cfg", "plain")
-                for stage in STAGES.values()
+            found = _figure(study.find("AS", "finextract", **at, **last))
+            null = _figure(study.find("AS", "finextract", steps=steps, pictures="holdout", **last), brief=True)
+            rates = [_figure(study.find("A-ESR@cal", name, **at, **last)) for name in ("finextract", "cfg")]
+            ahead = [
+                _figure(study.find("AS difference", "finextract", against=other, **at, **STAGES[stage]), signed=True)
+                for other, stage in leads.values()
             ]
             names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
-            lines.append([*names, *found, null, *leads])
+            lines.append([*names, found, null, *rates, *ahead])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
