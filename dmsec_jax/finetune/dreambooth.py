@@ -203,8 +203,29 @@ def step(
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
 ) -> tuple[State, Info]:
-    """One optimiser step on `batch` (as from `draw`, or a caller's own of `batch_size * accumulation` rows); gradients
-    are averaged over `accumulation` microbatches, which changes nothing but memory.
+    """One optimiser step on `batch` (as from `draw`, or a caller's own of `batch_size * accumulation` rows).
+
+    Raises:
+        ValueError: as `gradients`.
+    """
+    network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
+    grads, info = gradients(key, state.trainable, batch, params, cfg, **network)
+    return update(state, grads, info.grad_norm, cfg), info
+
+
+def gradients(
+    key: Key,
+    trainable: Params,
+    batch: Data,
+    params: Params,
+    cfg: Config,
+    *,
+    eps_fn: EpsFn,
+    adapter: Adapter,
+    schedule: ScheduleConfig,
+    text_fn: TextFn | None = None,
+) -> tuple[Params, Info]:
+    """Gradient of the loss (Eq. 2), a tree like `trainable`, averaged over `accumulation` microbatches, which changes nothing but memory.
 
     Raises:
         ValueError: on rows that cannot be split into equal microbatches, and on what `losses` refuses.
@@ -225,22 +246,21 @@ def step(
         return means[0] + cfg.prior_weight * means[1:].sum(), means  # (Eq. 2)
 
     def accumulate(total: Params, parts: list[tuple[Key, Examples]]):
-        (loss, means), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable, parts)
+        (loss, means), grads = jax.value_and_grad(objective, has_aux=True)(trainable, parts)
         return jax.tree.map(jnp.add, total, grads), (loss, means)
 
     micro = jax.tree.map(lambda leaf: leaf.reshape(cfg.accumulation, -1, *leaf.shape[1:]), parts)
-    total, terms = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.trainable), micro)
+    total, terms = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trainable), micro)
     loss, means = jax.tree.map(lambda term: term.mean(0), terms)
     grads = jax.tree.map(lambda leaf: leaf / cfg.accumulation, total)
     norm = optax.tree.norm(grads)
-    info = Info(
+    return grads, Info(
         loss=loss,
         instance_loss=means[0],
         prior_loss=means[1:].sum(),
         grad_norm=norm,
         finite=jnp.isfinite(loss) & jnp.isfinite(norm),
     )
-    return update(state, grads, norm, cfg), info
 
 
 def update(state: State, grads: Params, norm: Float[Array, ""], cfg: Config) -> State:
