@@ -4,4 +4,7 @@ graphs       marks and edges, ancestors, acyclic, ancestral, bow-free and arid g
 separation   m-separation of all pairs at once
 projection   acyclic directed mixed graph -> maximal ancestral graph
 pag          maximal ancestral graph -> partial ancestral graph, Markov equivalence
+families     random skeletons: Erdos-Renyi, scale-free, blocks, small world
+sem          the model of graphs, mechanisms and sample covariances, and its uses
+rows         rows of data from it, of any noise and mechanism
 """
