@@ -5,4 +5,5 @@ distribution   distance between sets of features: Frechet, kernel, precision and
 cliques        maximum cliques of a thresholded graph, exact within a node budget
 clusters       similarity matrices, threshold sweeps, ranking, calibration
 extraction     how much of a training set an extracted set gives back, with intervals
+graph          graphs against the truth: marks, edge probabilities, fit
 """
