@@ -50,7 +50,7 @@ lint: $(VENV)/test.stamp ## check the style, change nothing
 ci: test ci-rest ## everything that must pass before a change is merged
 
 ci-rest: lint $(VENV)/torch.stamp
-	$(PYTEST) -m "$(REST)" $(ARGS)
+	$(PYTEST) -m "$(REST)" -n 2 --dist loadfile $(ARGS)
 
 clean: ## remove the environment, caches and results
 	rm -rf $(VENV) .cache out build *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -69,5 +69,5 @@ $(VENV)/test.stamp: $(VENV)/base.stamp
 # torch on its own first: met through another package, a resolver may take a build with gigabytes of CUDA libraries
 $(VENV)/torch.stamp: $(VENV)/test.stamp
 	$(PIP) torch==$(call pin,torch)
-	$(PIP) --editable '.[test,torch]'
+	$(PIP) --editable '.[test,torch,causal-peers]'
 	@touch $@

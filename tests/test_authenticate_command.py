@@ -34,6 +34,7 @@ def command(tiny_folder, sets, out, *options):
     return ["authenticate", *models, *folders, *SMALL, *options]
 
 
+@pytest.mark.slow  # compiles CGI-DM
 def test_result_page_and_pictures_are_written(tiny_folder, sets, tmp_path, capsys):
     assert cli.main(command(tiny_folder, sets, tmp_path)) == 0
     result = json.loads((tmp_path / "result.json").read_text())
@@ -57,6 +58,7 @@ def test_without_non_members_nothing_is_concluded(tiny_folder, sets, tmp_path):
     assert cli.main(command(tiny_folder, alone, tmp_path, "--methods", "loss-difference")) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["details"]["verdict"]["kind"] == "unknown"
+    assert "<html" in (tmp_path / "report.html").read_text()
     assert result["rows"] == []
     assert result["details"]["tests"]["loss-difference"]["pictures"][0]["p_value"] is None
 

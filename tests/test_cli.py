@@ -43,6 +43,7 @@ def test_bad_input_is_one_line_and_status_one(tiny_folder, tmp_path, capsys):
     assert "a folder with at least one picture" in error
 
 
+@pytest.mark.slow  # compiles for long
 def test_finetune_then_extract(tiny_folder, pictures, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     common = ["--images", str(pictures), "--prompt", "a red dog"]

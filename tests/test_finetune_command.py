@@ -152,6 +152,7 @@ def test_the_base_model_is_not_overwritten(tune, tiny_folder, capsys):
     assert "model must be another than the one that is written" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # compiles for long
 def test_notes_are_one_line_each(tune, tmp_path, capsys):
     save_png(tmp_path / "in" / "a\n\x1b[31mb.png", np.zeros((8, 8, 3), np.float32))
     assert tune(tmp_path / "out", "--images", str(tmp_path / "in"), "--sample-every", "0", steps=2) == 0

@@ -49,7 +49,8 @@ def test_encoding_refuses_pictures_of_another_range(tiny_pipeline):
         pipeline.encode(tiny_pipeline, pictures(1) * 255)
 
 
-@pytest.mark.parametrize("weight", [None, pytest.param(3.0, marks=pytest.mark.slow)])
+@pytest.mark.slow  # compiles for long
+@pytest.mark.parametrize("weight", [None, 3.0])
 def test_sampling_does_not_depend_on_the_batch_size(tiny_pipeline, weight):
     draw = lambda size: pipeline.sample(
         jax.random.key(0), tiny_pipeline, PROMPT, 3, num_steps=2, guidance_weight=weight, batch_size=size
@@ -57,6 +58,7 @@ def test_sampling_does_not_depend_on_the_batch_size(tiny_pipeline, weight):
     np.testing.assert_allclose(draw(2), draw(3), atol=1e-4)
 
 
+@pytest.mark.slow  # compiles for long
 def test_guidance_of_weight_one_is_plain_sampling(tiny_pipeline):
     draw = lambda weight: pipeline.sample(
         jax.random.key(0), tiny_pipeline, PROMPT, 2, num_steps=2, guidance_weight=weight

@@ -74,6 +74,7 @@ def test_circles_are_refused():
         pag.of_mag(np.array([[0, CIRCLE], [CIRCLE, 0]], np.int8))
 
 
+@pytest.mark.slow  # its extra is installed for the rest of CI
 @pytest.mark.parametrize("density", [0.15, 0.25, 0.35])
 def test_the_oracle_of_andrey_agrees(density):
     latent = pytest.importorskip("andrey.data.latent", reason="needs the causal-peers extra")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import mixed_graphs
 import numpy as np
+import pytest
 
 from dmsec_jax.causal import graphs, projection, separation
 from dmsec_jax.core.marks import ARROW, TAIL
@@ -32,6 +33,7 @@ def by_separation(directed):
     return upper | upper.T
 
 
+@pytest.mark.slow  # compiles for long
 def test_adjacent_is_what_visible_ancestors_cannot_separate():
     directed = mixed_graphs.random_dags(3, COUNT, SEEN + HIDDEN, 0.3)
     marks = np.asarray(PROJECT(directed))

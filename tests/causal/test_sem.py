@@ -95,6 +95,7 @@ def test_families_have_the_edges_asked_for_and_their_own_shape(family):
     assert low <= shape <= high
 
 
+@pytest.mark.slow  # compiles for long
 def test_simulated_covariances_are_wishart():
     """Mean and variance of the elements, at two numbers of rows and one compilation."""
     size = 4
@@ -119,6 +120,7 @@ def test_simulated_covariances_are_wishart():
     assert len(traces) == 1
 
 
+@pytest.mark.slow  # compiles for long
 def test_a_graph_given_is_the_graph_drawn():
     marks = structures(sem.SPOT).marks[:20]
     directed, bidirected = jax.vmap(graphs.to_edges)(marks)

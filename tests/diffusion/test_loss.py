@@ -97,6 +97,7 @@ def test_monte_carlo_mean_is_the_expected_loss(draw):
     assert error < 0.02
 
 
+@pytest.mark.slow  # compiles for long
 def test_draws_do_not_depend_on_batch_or_chunk():
     z0 = jax.random.normal(jax.random.key(1), (5, 3, 2))
     call = lambda z0, index, chunk: loss.monte_carlo_loss(

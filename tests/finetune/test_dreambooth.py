@@ -40,6 +40,7 @@ def finished(case, cfg, data, **more):
 # Corruption and the loss of each example
 
 
+@pytest.mark.slow  # compiles for long
 def test_corruption_samples_posterior_flip_and_window():
     """100 ramps known exactly, to see flips; 300 level pictures of variance 1/4, to see the posterior."""
     ramp = jnp.broadcast_to(jnp.arange(4.0), (100, 4, 4))[..., None]
@@ -216,6 +217,7 @@ def tilted(params, z_t, t, context):
     return jnp.broadcast_to((params["level"] + params["slope"] * t / 1000)[:, None, None, None], z_t.shape)
 
 
+@pytest.mark.slow  # compiles for long
 def test_run_with_accumulation_is_a_loop_over_steps_of_large_batches(flat):
     params = {"level": jnp.zeros(1), "slope": jnp.zeros(1)}
     data = Data(flat.pictures([1.0, 2.0, 4.0]), flat.pictures([-1.0, 0.0]))

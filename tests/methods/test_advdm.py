@@ -124,6 +124,7 @@ def test_sds_is_the_encoders_gradient_and_the_full_gradient_where_the_network_is
     np.testing.assert_allclose(reported, loss, rtol=1e-5)
 
 
+@pytest.mark.slow  # compiles for long
 def test_sds_does_not_ask_for_the_networks_jacobian():
     blocked = lambda params, z_t, t: jax.lax.stop_gradient(eps(params, z_t, t))
     np.testing.assert_array_equal(gradient("distillation")[0], gradient("distillation", eps_fn=blocked)[0])
@@ -152,6 +153,7 @@ def test_fused_is_the_sum_of_its_terms():
     np.testing.assert_allclose(gradient("distillation_targeted")[0], textural - CFG.rate * sds, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow  # compiles for long
 def test_score_pulls_the_prediction_to_the_target():
     t, noise, posterior = draws_of(jax.random.key(2), 3)
 
@@ -162,6 +164,7 @@ def test_score_pulls_the_prediction_to_the_target():
     np.testing.assert_allclose(gradient("score")[0], -jax.grad(distance)(IMAGES[:3]), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow  # compiles for long
 def test_draws_are_averaged():
     cfg = dataclasses.replace(CFG, num_draws=4, t_min=100, t_max=600)
     t, noise, posterior = draws_of(jax.random.key(2), 3, cfg)
@@ -184,6 +187,7 @@ def held_out(images):
     return loss.monte_carlo_loss(jax.random.key(99), model, ALPHA_BAR, z0, **options).mean(1)
 
 
+@pytest.mark.slow  # compiles for long
 def test_every_attack_does_what_it_says_and_noise_does_not():
     cfg = dataclasses.replace(CFG, num_draws=4)
     start = np.asarray(held_out(IMAGES))
@@ -228,6 +232,7 @@ def test_a_batch_is_its_examples(name):
     np.testing.assert_allclose(single.value[:, 0], info.value[:, 2], rtol=1e-4)
 
 
+@pytest.mark.slow  # compiles for long
 def test_pieces_are_the_whole():
     whole, info = protect(IMAGES[:3])
     state, values = advdm.init(jax.random.key(1), IMAGES[:3], ALL, jnp.arange(3), CFG), []

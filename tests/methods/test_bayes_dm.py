@@ -127,6 +127,7 @@ def test_kl_does_not_depend_on_the_number_of_weights():
     np.testing.assert_allclose(total, [mean[0], 50 * mean[0]], rtol=1e-5)
 
 
+@pytest.mark.slow  # compiles for long
 def test_the_gradient_of_sigma_is_that_of_the_expected_loss():
     """Mean over many draws of the weights against finite differences of the expectation, at common draws."""
     cfg = dataclasses.replace(CFG, weight_samples=64, kl_weight=0.0)
@@ -189,6 +190,7 @@ def test_kl_pulls_towards_the_prior():
     assert all((new < old).all() for new, old in zip(*map(jax.tree.leaves, (moved.raw, wide.raw)), strict=True))
 
 
+@pytest.mark.slow  # compiles for long
 def test_halves_can_have_weights_of_their_own():
     shared, separate = CFG, dataclasses.replace(CFG, halves="separate")
     frozen = dict(sigma0=0.0, sigma_min=0.0, sigma_rate=0.0, kl_weight=0.0)
@@ -203,6 +205,7 @@ def test_halves_can_have_weights_of_their_own():
     np.testing.assert_allclose(*kinds, rtol=1e-5)
 
 
+@pytest.mark.slow  # compiles for long
 def test_pieces_are_the_whole():
     options = {**NETWORK}
     whole, _ = jax.jit(partial(bayes_dm.run, **options))(KEY, DATA, PARAMS, CFG)

@@ -120,6 +120,7 @@ def test_a_batch_is_its_examples():
         np.testing.assert_allclose(alone.contrast[:, 0], info.contrast[:, j], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # compiles for long
 def test_pieces_are_the_whole():
     key = jax.random.key(0)
     whole, info = recover(MEMBERS)

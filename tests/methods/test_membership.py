@@ -67,6 +67,7 @@ def test_common_draws_make_equal_models_equal():
     assert (jnp.abs(apart.mean) > 0).all()
 
 
+@pytest.mark.slow  # compiles for long
 def test_difference_is_a_paired_t_statistic():
     key = jax.random.key(5)
     found = membership.loss_difference(key, model(BASE), model(TUNED), POINTS, SD, num_draws=16)
@@ -119,6 +120,7 @@ def test_pia_by_hand(normalised):
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+@pytest.mark.slow  # compiles for long
 def test_a_model_of_velocities_has_the_same_statistics():
     velocity = dataclasses.replace(SD, prediction_type="v_prediction")
     eps_fn = linear(0.5)

@@ -74,6 +74,7 @@ def test_rate_intervals_are_those_of_newcombes_tables():
         assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
 
 
+@pytest.mark.slow  # compiles for long
 def test_rate_intervals_cover_as_often_as_they_say():
     rng = np.random.default_rng(0)
     covered = []

@@ -58,6 +58,7 @@ def test_nothing_to_find_and_nothing_found_is_perfect():
     assert graph.skeleton_scores(marks(3, (0, TAIL, ARROW, 1)), empty)[:3] == (0.0, 1.0, 0.0)
 
 
+@pytest.mark.slow  # its extra is installed for the rest of CI
 def test_andrey_counts_alike():
     theirs = pytest.importorskip("andrey.metrics", reason="needs the causal-peers extra")
     from andrey.core.structure import GraphStructure

@@ -9,7 +9,7 @@ from dmsec_jax.models import clip, presets, unet, vae
 
 NETWORKS = [
     pytest.param(unet.init, presets.TINY.unet, marks=pytest.mark.slow, id="unet"),  # compiles for long
-    pytest.param(vae.init, presets.TINY.vae, id="vae"),
+    pytest.param(vae.init, presets.TINY.vae, marks=pytest.mark.slow, id="vae"),
     pytest.param(clip.init, presets.TINY.text, id="text"),
 ]
 

@@ -43,6 +43,7 @@ def test_autoencoder_learns_and_continues_where_it_stopped():
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
+@pytest.mark.slow  # compiles for long
 def test_denoiser_steps_drop_captions_and_reduce_the_loss():
     cfg = denoiser.Config(num_steps=200, batch_size=16, warmup_steps=5, learning_rate=0.05, drop_caption=0.3)
     mean = jnp.broadcast_to(jnp.array([1.0, -1.0]).reshape(2, 1, 1, 1, 1), (2, 2, 2, 2, 1))
