@@ -31,7 +31,7 @@ demo: $(VENV)/base.stamp ## fine-tune the embedded model on ten pictures and sho
 # These programs run for milliseconds: compiling them without LLVM's optimisations takes a third off a run with an empty cache.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/test.stamp ## the fast tests
-	$(PYTEST) -m "$(FAST)" --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m "$(FAST)" --ignore=tests/parity -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 parity: $(VENV)/torch.stamp ## compare with PyTorch diffusers and transformers
 	$(PYTEST) -m torch $(ARGS)
@@ -50,7 +50,7 @@ lint: $(VENV)/test.stamp ## check the style, change nothing
 ci: test ci-rest ## everything that must pass before a change is merged
 
 ci-rest: lint $(VENV)/torch.stamp
-	$(PYTEST) -m "$(REST)" -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m "$(REST)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 clean: ## remove the environment, caches and results
 	rm -rf $(VENV) .cache out build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -31,6 +31,11 @@ NEEDS = {  # marker: (modules, how to get them)
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Files of the top folder first: they run whole commands and take longest, and two processes end together only if these are not last."""
+    items.sort(key=lambda item: len(item.path.relative_to(Path(__file__).parent).parts))
+
+
 def pytest_runtest_setup(item):
     """Skips, with the reason, a marked test whose packages or devices are not here."""
     for marker, (modules, cure) in NEEDS.items():
