@@ -95,19 +95,20 @@ def test_grey_pictures_stay_grey_and_masks_hold(model):
 
 
 def test_borders_of_tiles_do_not_show(model):
-    """Steps of the change across tile borders are no larger than elsewhere."""
-    settings = Settings(num_steps=4, batch_size=4, scale="source", overlap=0.5)
+    """No line along a tile's border: the mean step across it is no larger than across other columns."""
+    settings = Settings(num_steps=4, batch_size=4, scale="source")
     pixels = np.full((16, 128, 3), 128, np.uint8)
     one = job(pixels, settings)
     (saved,) = protection.protect(KEY, model, [one], settings)
-    steps = np.abs(np.diff(saved.astype(int), axis=1)).mean(axis=(0, 2))
-    borders = {edge + offset for left in one.where.lefts for edge in (left, left + SIDE) for offset in (-1, 0)}
-    at = np.array([i in borders for i in range(127)])
+    steps = np.abs(np.diff(saved.astype(int), axis=1).mean(axis=(0, 2)))
+    borders = {edge - 1 for left in one.where.lefts for edge in (left, left + SIDE) if 0 < edge < 128}
+    at = np.isin(np.arange(127), list(borders))
     assert at.sum() > 10
     spread = np.sqrt(steps[at].var(ddof=1) / at.sum() + steps[~at].var(ddof=1) / (~at).sum())
     assert steps[at].mean() - steps[~at].mean() < 3 * spread
 
 
+@pytest.mark.slow
 def test_every_method_runs_and_changes_something_else(model):
     found = {}
     for name in protection.METHODS:
