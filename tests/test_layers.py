@@ -27,6 +27,8 @@ FLOOR = {
     "pretrain": 6,
     "audit": 6,
     "authentication": 6,
+    "protection": 6,
+    "robustness": 6,
     "cli": 8,
     "__main__": 9,
 }

@@ -66,7 +66,7 @@ def read_folder(folder: str | Path, size: int, *, max_pixels: int = MAX_PIXELS) 
     images, names, digests, captions, bad = [], [], [], [], []
     notes = [f"{name} is a folder and was not read" for name in inside]
     for path in entries:
-        if path.is_dir() or _is_document(path):
+        if path.is_dir() or is_document(path):
             continue
         try:
             name = _readable_name(path)
@@ -218,7 +218,8 @@ def _square(picture: Image.Image, size: int, remarks: list[str]) -> Image.Image:
     return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _is_document(path: Path) -> bool:
+def is_document(path: Path) -> bool:
+    """Whether a file that lies beside pictures is a text, a table or a licence by its name."""
     return path.suffix.lower() in SIDECARS or path.name.lower() in DOCUMENTS
 
 

@@ -51,7 +51,10 @@ def cut(image: Shaped[np.ndarray, "H W C"], where: Layout) -> Shaped[np.ndarray,
 
 
 def blend(tiles: Float[np.ndarray, "N side side C"], where: Layout) -> Float[np.ndarray, "H W C"]:
-    """The picture of which `tiles` are tiles: weighted means where they overlap."""
+    """The picture of which `tiles` are tiles: weighted means where they overlap.
+
+    Tiles that do not agree partly cancel there: of independent signs half the variance is left in the middle of an overlap.
+    """
     rows, columns = (
         _shares(length, where, starts) for length, starts in ((where[0], where.tops), (where[1], where.lefts))
     )

@@ -1,0 +1,264 @@
+"""`dmsec protect`: pictures that look the same and are harder to learn from, and what that is worth."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from dmsec_jax import pipeline, protection, robustness
+from dmsec_jax.core import config
+from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.files import read_json, sha256, write_json
+from dmsec_jax.core.pgd import Budget
+from dmsec_jax.data import images, originals
+from dmsec_jax.data.originals import Original
+from dmsec_jax.protection import Settings
+from dmsec_jax.report import page
+from dmsec_jax.report import protection as report
+from dmsec_jax.report.protection import Protected, Protection
+
+STRENGTHS = {"slight": 4.0, "medium": 8.0, "strong": 16.0}
+"""Levels of 0..255; medium is the paper's."""
+PROGRESS = "progress.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Change pictures slightly so that diffusion models learn less from them (AdvDM and its family)."""
+
+    images: Path
+    """Folder of pictures: PNG, JPEG, TIFF, WebP and others, of any size."""
+    out: Path = Path("out/protect")
+    """Where the protected pictures (`pictures`), result.json and report.html go."""
+    model: Path = pipeline.EMBEDDED
+    """The model to protect against, a diffusers folder."""
+    prompt: str = "a painting"
+    """What somebody would call the pictures in training."""
+    strength: Literal["slight", "medium", "strong"] = "medium"
+    """How much a picture may change: slight is hard to see, strong shows on smooth ground."""
+    budget: float | None = None
+    """The same as a number, in levels of 0..255; wins over strength."""
+    norm: Literal["linf", "l2"] = "linf"
+    """What the budget bounds: the change of every sample (linf), or their root mean square (l2)."""
+    method: str = "advdm"
+    """advdm, advdm-, sds, sds-, sdst, mist, textural, photoguard, ace, or noise (no protection: the control)."""
+    scale: Literal["model", "source"] = "model"
+    """Attack the picture as the model sees it, or at its own resolution; see `protection.Settings`."""
+    steps: int | None = None
+    """Steps of the attack; default: the method's."""
+    draws: int = 1
+    """Random draws averaged in a step."""
+    mask: Path | None = None
+    """A picture, or a folder of pictures of the same names: white where the picture may change."""
+    target: Path | None = None
+    """Picture that mist, textural, sdst and ace pull to; default: a checkerboard."""
+    purifiers: tuple[str, ...] = tuple(robustness.PURIFIERS)
+    """Which purifiers to try on the result."""
+    batch_size: int = 16
+    """Tiles at once; does not change the result."""
+    seed: int = 0
+
+
+def run(cfg: Config) -> int:
+    """Protects every picture, or those that an interrupted run left, and writes the report."""
+    console = Console()
+    began = time.monotonic()
+    settings = settings_of(cfg)
+    for name in cfg.purifiers:
+        known = ", ".join(robustness.PURIFIERS)
+        require(name in robustness.PURIFIERS, "purifiers", f"of {known}", repr(name), "choose some of them")
+    files = _files(cfg.images)
+    sizes = {path: _checked(path, cfg.mask) for path in files}
+    base = pipeline.load(cfg.model)
+    model = protection.model_of(base, cfg.prompt, _target(cfg.target, base.pixels))
+    origin = _origin(cfg, base)
+    seconds = {"reading": time.monotonic() - began}
+    began = time.monotonic()
+    _protect_all(cfg, files, sizes, model, settings, origin, console)
+    seconds["protection"] = time.monotonic() - began
+    began = time.monotonic()
+    found = _judged(cfg, files, base, model, settings, console)
+    seconds["judgement"] = time.monotonic() - began
+    inputs = {"model": base.sha256, **{f"picture {path.name}": sha256(path) for path in files}}
+    account = {"command": page.command_line(sys.argv[1:]), "config": config.to_dict(cfg), "seeds": {"seed": cfg.seed}}
+    protected = dataclasses.replace(found, **account, seconds=seconds, inputs=inputs)
+    report.write(cfg.out, protected)
+    console.print(report.summary(protected), markup=False, highlight=False)
+    console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
+    return 0
+
+
+def settings_of(cfg: Config) -> Settings:
+    """The settings of a command line; raises ValueError on numbers out of range."""
+    levels = STRENGTHS[cfg.strength] if cfg.budget is None else cfg.budget
+    require(0 <= cfg.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", cfg.seed, "choose another")
+    return Settings(
+        method=cfg.method,
+        budget=Budget(levels, "8bit"),
+        norm=cfg.norm,
+        num_steps=cfg.steps,
+        num_draws=cfg.draws,
+        scale=cfg.scale,
+        batch_size=cfg.batch_size,
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The picture files of a folder, by name."""
+    require(folder.is_dir(), str(folder), "a folder of pictures", "something else", "correct the path")
+    names = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    found = [path for path in names if not images.is_document(path)]
+    require(bool(found), str(folder), "a folder with at least one picture", "none", "put pictures in it")
+    stems = [path.stem for path in found]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    require(not twice, str(folder), "free of pictures that differ in suffix only", ", ".join(twice), "rename them")
+    return found
+
+
+def _checked(path: Path, mask: Path | None) -> tuple[int, int, int]:
+    """The shape of a picture that can be read, with its mask: bad files are named before anything is computed."""
+    original = originals.read(path)
+    _mask(mask, path, original)
+    return original.pixels.shape
+
+
+def _mask(mask: Path | None, path: Path, original: Original) -> np.ndarray | None:
+    """[H, W, 1] of where the picture may change; nowhere where it is fully transparent."""
+    allowed = None if original.alpha is None else original.alpha > 0
+    if mask is None:
+        return allowed
+    if mask.is_dir():
+        found = sorted(mask.glob(f"{path.stem}.*"))
+        require(len(found) == 1, str(mask), f"a folder with one mask for {path.name}", f"{len(found)}", "add or remove")
+        mask = found[0]
+    height, width = original.pixels.shape[:2]
+    drawn = Image.fromarray(originals.read(mask).pixels.squeeze()).convert("L")
+    if drawn.size != (width, height):
+        raise fail(str(mask), f"of {width} x {height} pixels as {path.name}", f"{drawn.size}", "draw it at that size")
+    white = np.asarray(drawn)[..., None] >= 128
+    return white if allowed is None else white & allowed
+
+
+def _target(path: Path | None, side: int) -> np.ndarray | None:
+    return None if path is None else robustness.view(originals.read(path).shown, side)
+
+
+def _origin(cfg: Config, base: pipeline.Pipeline) -> str:
+    """Digest of all that decides the pixels besides the picture itself."""
+    chosen = {
+        name: value
+        for name, value in config.to_dict(cfg).items()
+        if name not in ("out", "purifiers", "images", "batch_size")
+    }
+    parts = {name: path and sha256(path) for name, path in (("mask", cfg.mask), ("target", cfg.target))}
+    return hashlib.sha256(json.dumps([chosen, base.sha256, parts], sort_keys=True).encode()).hexdigest()
+
+
+def output_of(out: Path, path: Path, original: Original) -> Path:
+    """Where the protected picture goes: its name, with the suffix of a lossless format."""
+    short = original.format == "TIFF" and path.suffix.lower() == ".tif"
+    return out / "pictures" / f"{path.stem}{path.suffix if short else original.suffix}"
+
+
+def _protect_all(cfg, files, sizes, model, settings: Settings, origin: str, console: Console) -> None:
+    """Protects what is not there yet, in groups that fill a batch; after each group the pictures and the progress file are on disk."""
+    place = cfg.out / PROGRESS
+    done = read_json(place) if place.exists() else {}
+    done = done.get("pictures", {}) if done.get("origin") == origin else {}
+    made = lambda path: done.get(path.name) == sha256(path) and list((cfg.out / "pictures").glob(f"{path.stem}.*"))
+    left = [path for path in files if not made(path)]
+    if len(left) < len(files):
+        console.print(f"{len(files) - len(left)} of {len(files)} pictures are there already.", markup=False)
+    counts = {
+        path: len(protection.job(*_blank(sizes[path]), None, model.pixels, settings).where.corners) for path in files
+    }
+    batch = min(settings.batch_size, sum(counts.values()))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("protecting", total=sum(counts[path] for path in left))
+        for group in groups(left, counts, sizes, batch):
+            opened = [originals.read(path) for path in group]
+            jobs = [
+                protection.job(one.pixels, one.shown, _mask(cfg.mask, path, one), model.pixels, settings)
+                for path, one in zip(group, opened, strict=True)
+            ]
+            tell = lambda tiles: progress.advance(task, tiles)
+            pixels = protection.protect(jax.random.key(cfg.seed), model, jobs, settings, progress=tell)
+            for path, one, changed in zip(group, opened, pixels, strict=True):
+                originals.save(output_of(cfg.out, path, one), one, changed)
+                done[path.name] = sha256(path)
+            write_json(place, {"origin": origin, "pictures": done})
+
+
+def _blank(shape) -> tuple[np.ndarray, np.ndarray]:
+    empty = np.broadcast_to(np.uint8(0), shape)
+    return empty, empty
+
+
+def groups(files: Sequence[Path], counts, sizes, batch: int) -> list[list[Path]]:
+    """Pictures of one number of channels that fill a batch of tiles together; a large one is on its own."""
+    found, room = [], 0
+    for path in sorted(files, key=lambda path: (sizes[path][2], path.name)):
+        if found and counts[path] <= room and sizes[found[-1][-1]][2] == sizes[path][2]:
+            found[-1].append(path)
+        else:
+            found.append([path])
+            room = batch
+        room -= counts[path]
+    return found
+
+
+def _judged(cfg: Config, files, base, model, settings: Settings, console: Console) -> Protection:
+    """Reads what was written, and compares it with the originals and with random noise of the same size."""
+    noise_settings = dataclasses.replace(settings, method="noise")
+    key_noise, key_loss, key_purify = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), 2**31), 3)
+    views, pictures, notes = {"clean": [], "protected": [], "noise": []}, [], []
+    with Progress(console=console, transient=True) as progress:
+        for path in progress.track(files, description="comparing"):
+            original = originals.read(path)
+            after = originals.read(output_of(cfg.out, path, original))
+            shape = original.pixels.shape
+            job = protection.job(
+                original.pixels, original.shown, _mask(cfg.mask, path, original), base.pixels, settings
+            )
+            (noise,) = protection.protect(key_noise, model, [job], noise_settings)
+            seen = {
+                "clean": original.shown,
+                "protected": after.shown,
+                "noise": dataclasses.replace(original, pixels=noise).shown,
+            }
+            for name, pixels in seen.items():
+                views[name].append(robustness.view(pixels, base.pixels))
+            pictures.append(Protected(
+                name=path.name, size=shape, file=output_of(cfg.out, path, original).name,
+                change=robustness.change(original.pixels, after.pixels[..., : shape[2]]),
+            ))  # fmt: skip
+            notes += [f"{path.name} {note}" for note in original.notes]
+        stacked = {name: np.stack(part) for name, part in views.items()}
+        measure = lambda part: robustness.held_out_loss(key_loss, base, cfg.prompt, part)
+        losses = {"": {name: measure(part) for name, part in stacked.items()}}
+        for name in progress.track(cfg.purifiers, description="purifying"):
+            purify = robustness.PURIFIERS[name].apply
+            losses[name] = {kind: measure(purify(key_purify, part, base, cfg.prompt)) for kind, part in stacked.items()}
+    return Protection(
+        method=cfg.method,
+        budget=float(settings.budget.to("8bit")),
+        norm=cfg.norm,
+        scale=cfg.scale,
+        model=str(base.folder.name),
+        prompt=cfg.prompt,
+        pictures=tuple(pictures),
+        clean=stacked["clean"],
+        protected=stacked["protected"],
+        losses=losses,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,196 @@
+"""The report of a protection: what changed, what it is worth against random noise, and what purifiers leave of it."""
+
+import dataclasses
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from dmsec_jax.core.types import AnyArray
+from dmsec_jax.metrics.extraction import Interval
+from dmsec_jax.metrics.protection import Change, rise
+from dmsec_jax.report import page as html
+from dmsec_jax.report import result
+from dmsec_jax.report.result import Result, Row
+
+AMPLIFIED = 8
+"""How many times larger the difference is shown."""
+LEVEL = 0.01
+"""p-value under which an effect counts."""
+SHOWN = 24
+"""Pictures in the page."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protected:
+    """One picture: its name, size, the file written, and how it was changed."""
+
+    name: str
+    size: tuple[int, ...]
+    file: str
+    change: Change
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Protection:
+    """A whole run.
+
+    Attributes:
+        method, budget, norm, scale, model, prompt: what was done against which model; the budget in levels.
+        pictures: one by one.
+        clean, protected: views [N, H, W, 3] in [-1, 1] as the model sees them, before and after.
+        losses: purifier ("" for none) -> "clean", "protected" and "noise" -> held-out loss [N].
+        notes, command, config, seeds, seconds, inputs: as in `result.Result`.
+    """
+
+    method: str
+    budget: float
+    norm: str
+    scale: str
+    model: str
+    prompt: str
+    pictures: tuple[Protected, ...]
+    clean: Float[AnyArray, "N H W 3"]
+    protected: Float[AnyArray, "N H W 3"]
+    losses: dict
+    notes: tuple[str, ...] = ()
+    command: str = ""
+    config: dict = dataclasses.field(default_factory=dict)
+    seeds: dict = dataclasses.field(default_factory=dict)
+    seconds: dict = dataclasses.field(default_factory=dict)
+    inputs: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effect:
+    """The relative rise of the held-out loss after a purifier: of the protected pictures, of noise, and what the first has beyond the second."""
+
+    purifier: str
+    protected: float
+    noise: float
+    beyond: Interval
+    p_value: float
+
+    @property
+    def real(self) -> bool:
+        """Whether it is larger than random noise would do."""
+        return bool(self.p_value < LEVEL)
+
+
+def effects(run: Protection) -> list[Effect]:
+    """One for each purifier, the untouched pictures first; all relative to the clean pictures after the same purifier."""
+    found = []
+    for name, losses in run.losses.items():
+        clean, protected, noise = (np.asarray(losses[kind]) for kind in ("clean", "protected", "noise"))
+        beyond, p_value = rise(clean, protected, noise)
+        mean = lambda values, clean=clean: float((values / clean - 1).mean())
+        found.append(
+            Effect(purifier=name, protected=mean(protected), noise=mean(noise), beyond=beyond, p_value=p_value)
+        )
+    return found
+
+
+def headline(run: Protection) -> str:
+    """The outcome in one sentence that promises nothing that was not measured."""
+    first, *purified = effects(run)
+    if not np.isfinite(first.p_value):
+        return "One picture: its loss is given, but one picture cannot tell protection from chance."
+    if not first.real:
+        return "No protection was measured: random noise of the same size raises the model's loss as much."
+    gone = [effect for effect in purified if not effect.real]
+    share = f"The model's loss rises by {first.protected:.0%}, with random noise of the same size by {first.noise:.0%}"
+    if not purified:
+        return f"{share}; no purifier was tried."
+    return f"{share}; {len(gone)} of {len(purified)} purifiers undo what it has beyond noise."
+
+
+CAUTION = (
+    "This is the loss of the one model that was attacked. A higher loss makes learning harder; it does not say by how much imitation gets worse, "
+    "and another model, a purifier or a few clean pictures may undo it."
+)
+
+
+def summary(run: Protection) -> str:
+    """The outcome for a terminal, plain text."""
+    psnr = np.median([picture.change.psnr for picture in run.pictures])
+    lines = [*textwrap.wrap(headline(run), 80), "", *textwrap.wrap(CAUTION, 80), ""]
+    lines += [f"{len(run.pictures)} pictures, {run.method}, {run.budget:g} levels, median PSNR {psnr:.1f} dB", ""]
+    lines += [f"{'rise of the held-out loss':30}{'protected':>10}{'noise':>8}{'beyond noise (95 %)':>24}"]
+    for effect in effects(run):
+        span = html.between(100 * effect.beyond.low, 100 * effect.beyond.high, 1)
+        beyond = f"{100 * effect.beyond.value:+.1f} %  {span}"
+        name = effect.purifier or "as saved"
+        lines.append(f"{name:30}{effect.protected:>10.1%}{effect.noise:>8.1%}{beyond:>24}")
+    return "\n".join(lines)
+
+
+def rows(run: Protection, case: dict) -> tuple[Row, ...]:
+    """Tidy rows: `loss_rise` by purifier, and `psnr`, `ssim`, `lpips`, means over pictures."""
+    case = {**case, "budget": run.budget, "norm": run.norm, "scale": run.scale, "coverage": 1.0}
+    names = {"bench": "protection", "method": run.method}
+    found = []
+    for effect in effects(run):
+        full = {**case, "purifier": effect.purifier or "none"}
+        found.append(result.row_over(effect.beyond, metric="loss_rise", unit="share beyond noise", case=full, **names))
+        for kind in ("protected", "noise"):
+            more = {"metric": f"loss_rise_{kind}", "unit": "share", "case": full, "n": len(run.pictures)}
+            found.append(Row(value=getattr(effect, kind), **more, **names))
+    for metric, unit in (("psnr", "dB"), ("ssim", "similarity"), ("lpips", "distance")):
+        values = np.array([getattr(picture.change, metric) for picture in run.pictures], np.float64)
+        known = values[np.isfinite(values)]
+        value = float(known.mean()) if known.size else None
+        found.append(Row(value=value, n=len(known), metric=metric, unit=unit, case=case, **names))
+    return tuple(found)
+
+
+def page(run: Protection, written: Result | None = None) -> str:
+    """The whole report as one HTML page; `written` adds versions, device and date."""
+    lines = []
+    for picture, before, after in zip(run.pictures, run.clean, run.protected, strict=True):
+        difference = np.clip(AMPLIFIED * (np.asarray(after) - np.asarray(before)), -1, 1)
+        shown = [
+            html.picture(image, f"{picture.name}, {what}")
+            for image, what in ((before, "original"), (after, "protected"), (difference, "difference"))
+        ]
+        lines.append((picture, shown))
+    return html.render(
+        "protection",
+        run=run,
+        headline=headline(run),
+        caution=CAUTION,
+        effects=effects(run),
+        lines=lines[:SHOWN],
+        amplified=AMPLIFIED,
+        between=html.between,
+        written=written,
+    )
+
+
+def result_of(run: Protection) -> Result:
+    """What goes into `result.json`; changes and losses picture by picture in `details`."""
+    return Result(
+        method=run.method,
+        command=run.command,
+        config=run.config,
+        seeds=run.seeds,
+        inputs=run.inputs,
+        seconds=run.seconds,
+        rows=rows(run, {}),
+        pictures={f"pictures/{picture.file}": f"{picture.name}, protected" for picture in run.pictures},
+        details={
+            "prompt": run.prompt,
+            "changes": {picture.name: picture.change._asdict() for picture in run.pictures},
+            "losses": {name or "none": kinds for name, kinds in run.losses.items()},
+        },
+        notes=run.notes,
+    )
+
+
+def write(folder: str | Path, run: Protection) -> Result:
+    """Writes `report.html` and, last, `result.json` into `folder`; raises OSError if one cannot be written."""
+    folder = Path(folder)
+    written = result_of(run)
+    html.write(folder / "report.html", page(run, written))
+    result.write(folder / "result.json", written)
+    return written
