@@ -7,4 +7,7 @@ pag          maximal ancestral graph -> partial ancestral graph, Markov equivale
 families     random skeletons: Erdos-Renyi, scale-free, blocks, small world
 sem          the model of graphs, mechanisms and sample covariances, and its uses
 rows         rows of data from it, of any noise and mechanism
+mag          the score from the covariance, residual iterative conditional fitting, BIC
+penalties    acyclic, ancestral, bow-free, arid: smooth penalties, and the edges that offend
+guide        the skeleton posterior as the last transformation of an optimiser
 """
