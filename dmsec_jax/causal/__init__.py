@@ -7,4 +7,9 @@ pag          maximal ancestral graph -> partial ancestral graph, Markov equivale
 families     random skeletons: Erdos-Renyi, scale-free, blocks, small world
 sem          the model of graphs, mechanisms and sample covariances, and its uses
 rows         rows of data from it, of any noise and mechanism
+features     conditional independence of all pairs, of order 0, 1, 2 and full, as features
+skeleton     the posterior over skeletons, trained on simulated data
+mag          the score from the covariance, residual iterative conditional fitting, BIC
+penalties    acyclic, ancestral, bow-free, arid: smooth penalties, and the edges that offend
+guide        the skeleton posterior as the last transformation of an optimiser
 """
