@@ -9,6 +9,8 @@ from PIL import Image
 from dmsec_jax import cli, protection
 from dmsec_jax.commands import protect
 
+pytestmark = pytest.mark.slow  # compiles the gradient through both networks
+
 RNG = np.random.default_rng(0)
 
 

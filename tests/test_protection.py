@@ -10,6 +10,8 @@ from dmsec_jax import protection
 from dmsec_jax.core.pgd import Budget
 from dmsec_jax.protection import Settings
 
+pytestmark = pytest.mark.slow  # compiles the gradient through both networks
+
 KEY = jax.random.key(0)
 SIDE = 16  # of the tiny model
 SHORT = {"num_steps": 2, "batch_size": 4}
