@@ -58,7 +58,7 @@ def pair_features(
 ) -> Float[Array, "V V F"]:
     """Features [i, j], symmetric; those of the diagonal mean nothing.
 
-    One variable i at a time, so that memory is O(V^2). Work is O(V^3 log V); `vmap` over data sets.
+    A few variables i at a time, so that memory is about 2^20 numbers or O(V^2). Work is O(V^3 log V); `vmap` over data sets.
     """
     size = corr.shape[0]
     corr = _clipped(jnp.asarray(corr, jnp.float32))
@@ -66,6 +66,7 @@ def pair_features(
     order_0 = _strength(corr, rows, 0)
     others = ~jnp.eye(size, dtype=bool)
     each = jnp.arange(size)
+    together = max(1, min(size, 2**20 // size**2))  # variables at once: loops are slow on a CPU, and V^3 numbers large
 
     def given_one(i):  # [j, k] -> (statistics [j, 8], least [j])
         partial = _partial(corr[i][:, None], corr[i][None], corr)
@@ -73,7 +74,7 @@ def pair_features(
         found = _summary(_strength(partial, rows, 1), usable)
         return found, found[:, 2]
 
-    order_1, least = jax.lax.map(given_one, each)
+    order_1, least = jax.lax.map(given_one, each, batch_size=together)
     link = jnp.where(others, jnp.minimum(order_0, least), -jnp.inf)
     count = min(top, size - 1)
     ranked, neighbours = jax.lax.top_k(link, count)  # [V, K]
@@ -90,7 +91,7 @@ def pair_features(
         usable = (k != i) & (k != j) & (m != i) & (m != j)
         return _summary(_strength(partial, rows, 2), usable)
 
-    order_2 = jax.lax.map(given_two, each)
+    order_2 = jax.lax.map(given_two, each, batch_size=together)
     rival = jnp.where(ranked[:, :1] > link, ranked[:, :1], ranked[:, 1:2])  # [i, j]: best link of i but for j
     rivals = jnp.stack([jnp.maximum(rival, rival.T), jnp.minimum(rival, rival.T)], axis=-1)
     single = jnp.stack([order_0, _strength(_given_all(corr, rows), rows, size - 2)], axis=-1)
@@ -127,7 +128,20 @@ def _summary(values, usable):
     some = jnp.maximum(count, 1)
     mean = jnp.where(usable, values, 0.0).sum(axis=-1, keepdims=True) / some
     deviation = jnp.sqrt(jnp.where(usable, jnp.square(values - mean), 0.0).sum(axis=-1, keepdims=True) / some)
-    ordered = jnp.sort(jnp.where(usable, values, jnp.inf), axis=-1)
     places = jnp.round(jnp.asarray(QUANTILES) * (some - 1)).astype(jnp.int32)
-    quantiles = jnp.take_along_axis(ordered, places, axis=-1)
+    quantiles = _at_ranks(jnp.where(usable, values, jnp.inf), places)
     return jnp.where(count > 0, jnp.concatenate([mean, deviation, quantiles], axis=-1), 0.0)
+
+
+def _at_ranks(values, places):
+    """[..., S], [..., Q] -> [..., Q]: the values that would stand at these places if sorted.
+
+    Up to 128 values ranks are counted, S^2 comparisons that fuse: 2 ms where XLA's sort takes 220 on a CPU (14 400 rows of 30).
+    """
+    size = values.shape[-1]
+    if size > 128:
+        return jnp.take_along_axis(jnp.sort(values, axis=-1), places, axis=-1)
+    one, other = values[..., :, None], values[..., None, :]
+    earlier = jnp.tri(size, k=-1, dtype=bool)  # of equal values the first stands first
+    rank = ((other < one) | ((other == one) & earlier)).sum(axis=-1)
+    return jnp.where(rank[..., None, :] == places[..., :, None], values[..., None, :], 0.0).sum(axis=-1)

@@ -86,3 +86,12 @@ def test_what_cannot_be_correlated_is_refused(change, message):
     data = change(some_data())
     with pytest.raises(ValueError, match=message):
         features.correlation(data, list("abcdefg"[: data.shape[1]]))
+
+
+@pytest.mark.parametrize("size", [5, 130])
+def test_ranks_are_those_of_sorting_with_ties(size):
+    values = np.random.default_rng(0).integers(0, 4, (6, size)).astype(np.float32)
+    values[0, 1:] = np.inf
+    places = np.array([[0, 2, size - 1]] * 6)
+    found = jax.jit(features._at_ranks)(values, places)
+    np.testing.assert_array_equal(found, np.take_along_axis(np.sort(values, axis=-1), places, axis=-1))

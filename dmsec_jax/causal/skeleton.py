@@ -1,0 +1,128 @@
+"""The posterior over skeletons: P(i and j adjacent | data), learnt once from simulated graphs, then read off in one pass.
+
+q(S | D) is a product of Bernoulli variables whose logits a network computes from features of the sample covariance. Training minimises
+
+    E_p(D) KL(p(S | D) || q(S | D)) = const - E_p(S, D) log q(S | D),
+
+the forward Kullback-Leibler divergence. In NumPyro: the network is the likelihood of skeletons that were simulated, nothing is latent, so the
+guide is empty and `Trace_ELBO` is that expectation. Because pairs are not balanced (the public code draws as many of each kind, which adds
+log(absent / adjacent) to every logit), the probabilities are calibrated on the prior they were trained on, and on no other.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from jaxtyping import Array, Float, Int
+from numpyro import infer
+
+from dmsec_jax.causal import features, sem
+from dmsec_jax.causal.sem import Knowledge, Prior
+from dmsec_jax.core.config import config
+from dmsec_jax.core.types import AnyArray, Key, Params
+from dmsec_jax.models import skeleton_net
+from dmsec_jax.models.skeleton_net import SkeletonConfig
+
+
+@config
+class Config:
+    """`num_steps` updates, each on `batch_size` data sets of one size of `sizes`, taken in turn; rows are log-uniform in `rows`."""
+
+    num_steps: int = 2000
+    batch_size: int = 16
+    sizes: tuple[int, ...] = (10, 20, 30, 50)
+    rows: tuple[int, int] = (250, 10_000)
+    learning_rate: float = 4e-3
+    weight_decay: float = 1e-4
+
+
+class Trained(NamedTuple):
+    params: Params
+    loss: np.ndarray
+    """Of each step: -log q per pair, in nats."""
+
+
+def likelihood(
+    phi: Float[AnyArray, "B V V F"], adjacent: Int[AnyArray, "B P"] | None = None, *, net: SkeletonConfig
+) -> Float[Array, "B P"]:
+    """The NumPyro model: skeletons given features; without `adjacent`, it samples them. Returns the logits."""
+    params = numpyro.param("net", lambda key: skeleton_net.init(key, net, phi.shape[-1]))
+    first, second = np.triu_indices(phi.shape[1], 1)
+    logits = jax.vmap(lambda one: skeleton_net.apply(net, params, one)[first, second])(phi)
+    with numpyro.plate("data_set", logits.shape[0], dim=-2), numpyro.plate("pair", logits.shape[1], dim=-1):
+        numpyro.sample("adjacent", dist.Bernoulli(logits=logits), obs=adjacent)
+    return logits
+
+
+def batch(
+    key: Key,
+    size: int,
+    prior: Prior,
+    cfg: Config,
+    knowledge: Knowledge | None = None,
+    given: dict[str, Any] | None = None,
+) -> tuple[Float[Array, "B V V F"], Int[Array, "B P"]]:
+    """Features and skeletons of `cfg.batch_size` simulated data sets, with no rows ever drawn."""
+    first, second = np.triu_indices(size, 1)
+
+    def one(key):
+        key_rows, key_data = jax.random.split(key)
+        low, high = (math.log(bound) for bound in cfg.rows)
+        num_rows = jnp.exp(jax.random.uniform(key_rows, minval=low, maxval=high))
+        drawn = sem.simulate(key_data, size, num_rows, prior, knowledge, given)
+        phi = features.pair_features(features.of_covariance(drawn.covariance), num_rows)
+        return phi, (drawn.marks[first, second] != 0).astype(jnp.int32)
+
+    return jax.vmap(one)(jax.random.split(key, cfg.batch_size))
+
+
+def train(
+    key: Key,
+    prior: Prior,
+    net: SkeletonConfig,
+    cfg: Config,
+    *,
+    knowledge: Knowledge | None = None,
+    given: dict[str, Any] | None = None,
+    start: Params | None = None,
+) -> Trained:
+    """Trains on data sets simulated inside the jitted step; one compilation for each size.
+
+    Args:
+        knowledge, given: as `sem.simulate`; `sem.graph_sites` of a graph found for one data set makes data like it (vicinal fine-tuning).
+        start: parameters to go on from.
+    """
+    schedule = optax.cosine_decay_schedule(cfg.learning_rate, cfg.num_steps)
+    optimiser = optax.adamw(schedule, weight_decay=cfg.weight_decay)
+    svi = infer.SVI(likelihood, lambda *args, **kwargs: None, optimiser, infer.Trace_ELBO(), net=net)
+    sizes = cfg.sizes
+
+    def update(state, key, size):
+        phi, adjacent = batch(key, size, prior, cfg, knowledge, given)
+        state, loss = svi.stable_update(state, phi, adjacent)
+        return state, loss / adjacent.size
+
+    jitted = jax.jit(update, static_argnames="size")
+    key_init, key_steps = jax.random.split(key)
+    shape = jnp.zeros((1, 3, 3, features.COUNT))
+    state = svi.init(
+        key_init, shape, jnp.zeros((1, 3), jnp.int32), init_params=None if start is None else {"net": start}
+    )
+    losses = []
+    for i in range(cfg.num_steps):
+        state, loss = jitted(state, jax.random.fold_in(key_steps, i), size=sizes[i % len(sizes)])
+        losses.append(loss)
+    return Trained(svi.get_params(state)["net"], np.asarray(jnp.stack(losses)))
+
+
+def edge_probabilities(
+    params: Params, net: SkeletonConfig, corr: Float[AnyArray, "V V"], num_rows: float | Int[AnyArray, ""]
+) -> Float[Array, "V V"]:
+    """P of every pair, symmetric with zero diagonal; `vmap` over data sets."""
+    probability = jax.nn.sigmoid(skeleton_net.apply(net, params, features.pair_features(corr, num_rows)))
+    return probability * (1 - jnp.eye(corr.shape[0]))
