@@ -76,7 +76,7 @@ def view(pixels: UInt8[np.ndarray, "H W C"], side: int) -> Float32[np.ndarray, "
 
 
 def held_out_loss(
-    key, base: Pipeline, prompt: str, views: Views, *, num_draws: int = 64, batch_size: int = 16
+    key, base: Pipeline, prompt: str, views: Views, *, num_draws: int = 32, batch_size: int = 16
 ) -> Float[np.ndarray, "N"]:
     """L_DM of each picture's mean latent at draws of (timestep, noise) that are the same for every call with this key.
 

@@ -52,7 +52,7 @@ def test_saved_pixels_keep_the_budget_whatever_size_norm_scale_and_mask(
     height, width, channels, norm, scale, budget, share, seed
 ):
     """With random noise at the attack's place, which fills the budget: the way to the file is the same."""
-    settings = Settings(method="noise", budget=Budget(budget, "8bit"), norm=norm, scale=scale, batch_size=1)
+    settings = Settings(method="noise", budget=Budget(budget, "8bit"), norm=norm, scale=scale, batch_size=3)
     pixels = picture(height, width, channels, seed)
     mask = np.random.default_rng(seed).random((height, width, 1)) < share
     (saved,) = protection.protect(KEY, WITHOUT, [job(pixels, settings, mask)], settings)

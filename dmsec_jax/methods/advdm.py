@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dmsec_jax.core import pgd
+from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.config import config
 from dmsec_jax.core.pgd import Budget
 from dmsec_jax.core.types import AnyArray, Image, Key, Latent, Params, Timestep
@@ -179,7 +180,7 @@ def score(seen: Seen, cfg: Config) -> tuple[PerDraw, PerDraw]:
 def control(key: Key, image: Image, mask: Mask, index: Int[AnyArray, "B"], cfg: Config) -> Image:
     """A random change [B, H, W, C] of the norm of the budget: random signs (L-inf), or a random direction (L2)."""
     noise = draws.example_noise(key, jnp.asarray(index), image.shape[1:]) * mask
-    radius = cfg.attack.budget.to(cfg.attack.unit)
+    radius = expand(jnp.asarray(cfg.attack.budget.to(cfg.attack.unit)), noise)
     return pgd.in_box(image, radius * pgd.direction(noise, cfg.attack.norm), cfg.attack)
 
 

@@ -99,10 +99,11 @@ def headline(run: Protection) -> str:
     if not first.real:
         return "No protection was measured: random noise of the same size raises the model's loss as much."
     gone = [effect for effect in purified if not effect.real]
+    left = min((effect.beyond.value for effect in purified), default=0.0)
     share = f"The model's loss rises by {first.protected:.0%}, with random noise of the same size by {first.noise:.0%}"
     if not purified:
         return f"{share}; no purifier was tried."
-    return f"{share}; {len(gone)} of {len(purified)} purifiers undo what it has beyond noise."
+    return f"{share}; the best of {len(purified)} purifiers leaves {left:.0%} beyond noise, {len(gone)} leave nothing."
 
 
 CAUTION = (

@@ -222,6 +222,10 @@ def test_control_has_the_norm_of_the_budget(norm):
     np.testing.assert_allclose(size, 0.1, rtol=1e-5)
     assert (delta[:, :2] == 0).all()
     assert len(np.unique(delta, axis=0)) == 24
+    radius = jnp.linspace(0.01, 0.1, 24)
+    cfg = dataclasses.replace(cfg, attack=dataclasses.replace(cfg.attack, budget=Budget(radius, "pm1")))
+    each = advdm.control(jax.random.key(0), IMAGES / 2, mask, jnp.arange(24), cfg)
+    np.testing.assert_allclose(each, delta * radius[:, None, None, None] / 0.1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["denoising", "distillation", "fused"])
