@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
             for steps in cfg.steps:
                 results += [{**dataclasses.asdict(row), "seed": seed} for row in _rows(cfg, training, steps)]
                 console.print(f"{training.case(steps)} seed {seed}: {time.monotonic() - began:.0f} s", markup=False)
-        rows = _over_seeds(results) + _differences(results)
+        rows = harness.over_seeds(results) + _differences(results)
         _print(rows)
         notes = ["intervals over seeds (Student t); differences are paired by seed"]
         _write(cfg, rows, time.monotonic() - began, notes)
@@ -168,15 +168,6 @@ def _rows(cfg: Config, training: Training, steps: int) -> list[Row]:
     return rows
 
 
-def _over_seeds(results: list[dict]) -> list[Row]:
-    """One row per case and method: the mean over seeds with its interval."""
-    groups: dict[str, list[float]] = {}
-    for row in results:
-        identity = {name: row[name] for name in ("bench", "metric", "unit", "method", "case")}
-        groups.setdefault(json.dumps(identity, sort_keys=True), []).append(row["value"])
-    return [row_over(seed_interval(values), **json.loads(identity)) for identity, values in groups.items()]
-
-
 def _differences(results: list[dict]) -> list[Row]:
     """AUC minus that of others, paired by seed: the loss difference against all tests, each at its highest cost, CGI-DM against the public code's
     at equal cost."""
@@ -242,9 +233,6 @@ def _control(cfg: Config, base: pipeline.Pipeline, console: Console) -> list[Row
 
 def _print(rows: list[Row]) -> None:
     """AUC of every test at its highest cost."""
-    figure = lambda row: (
-        f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if row.low is not None else f"{row.value:.3f}"
-    )
     best: dict[tuple, Row] = {}
     for row in rows:
         if row.metric == "AUC":
@@ -252,7 +240,7 @@ def _print(rows: list[Row]) -> None:
             key = (*case, row.method)
             if key not in best or row.case["evaluations"] > best[key].case["evaluations"]:
                 best[key] = row
-    lines = [[*map(str, key), str(row.case["evaluations"]), figure(row)] for key, row in best.items()]
+    lines = [[*map(str, key), str(row.case["evaluations"]), harness.figure(row)] for key, row in best.items()]
     print(harness.table(["set", "tuner", "n0", "steps", "method", "evaluations", "AUC [95 %]"], lines))
 
 

@@ -91,7 +91,7 @@ def _shown(chosen: dict) -> str:
 
 def _write(cfg: Config, results: list[dict], notes: list[str], seconds: float) -> None:
     """One file per set, tuner and number of pictures, as soon as it is done."""
-    rows = _over_seeds(results) + _differences(results)
+    rows = harness.over_seeds(results) + _differences(results)
     _print(rows)
     notes = ["intervals over seeds (Student t); differences are paired by seed", *notes]
     names = [Path(name).name for name in cfg.sets]
@@ -180,23 +180,6 @@ def _extract(
     )
 
 
-def _over_seeds(results: list[dict]) -> list[Row]:
-    """One row per case and method: the mean over seeds with its interval."""
-    groups: dict[str, list[dict]] = {}
-    for row in results:
-        identity = {name: row[name] for name in ("bench", "metric", "unit", "method", "case")}
-        groups.setdefault(json.dumps(identity, sort_keys=True), []).append(row)
-    rows = []
-    for identity, members in groups.items():
-        values = [row["value"] for row in members]
-        names = json.loads(identity)
-        if any(value is None for value in values):  # a method that found no cluster in some run has no AS there
-            rows.append(Row(value=None, n=len(values), **names))
-        else:
-            rows.append(row_over(seed_interval(values), **names))
-    return rows
-
-
 def _differences(results: list[dict]) -> list[Row]:
     """FineXtract minus each baseline in AS, paired by seed."""
     values = {}
@@ -222,17 +205,11 @@ def _print(rows: list[Row]) -> None:
         [
             *(str(row.case[name]) for name in ("set", "tuner", "n0", "steps", "clustering", "pictures")),
             row.method,
-            _figure(row),
+            harness.figure(row),
         ]
         for row in shown
     ]
     print(harness.table(["set", "tuner", "n0", "steps", "clustering", "pictures", "method", "AS [95 %]"], lines))
-
-
-def _figure(row: Row) -> str:
-    if row.value is None:
-        return "-"
-    return f"{row.value:.3f}" if row.low is None else f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
 
 if __name__ == "__main__":

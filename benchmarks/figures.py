@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -127,7 +128,8 @@ def plot(studies: list[Study], path: Path) -> None:
             if row == len(STAGES) - 1:
                 panel.set_xlabel("fine-tuning steps (batch 4)")
     axes[-1, 0].legend(fontsize=7, frameon=False)
-    figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+    with matplotlib.rc_context({"svg.hashsalt": "extraction"}):  # the same data give the same file
+        figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
 
 
 def table(studies: list[Study]) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 
-from dmsec_jax.report.result import Row, device, versions
+from dmsec_jax.metrics.extraction import seed_interval
+from dmsec_jax.report.result import Row, device, row_over, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,6 +49,30 @@ def write(bench: str, rows: list[Row], config: dict, seconds: dict[str, float], 
     print(f"\nresults: {path.relative_to(Path(__file__).parents[1])}")
     print(json.dumps({"bench": bench, "rows": len(rows), "file": str(path.name), "seconds": sum(seconds.values())}))
     return path
+
+
+def over_seeds(results: list[dict]) -> list[Row]:
+    """One row per case and method: the mean over seeds with its interval."""
+    groups: dict[str, list[dict]] = {}
+    for row in results:
+        identity = {name: row[name] for name in ("bench", "metric", "unit", "method", "case")}
+        groups.setdefault(json.dumps(identity, sort_keys=True), []).append(row)
+    rows = []
+    for identity, members in groups.items():
+        values = [row["value"] for row in members]
+        names = json.loads(identity)
+        if any(value is None for value in values):  # a method that found no cluster in some run has no AS there
+            rows.append(Row(value=None, n=len(values), **names))
+        else:
+            rows.append(row_over(seed_interval(values), **names))
+    return rows
+
+
+def figure(row: Row) -> str:
+    """Value and interval for people; a dash where there is none."""
+    if row.value is None:
+        return "-"
+    return f"{row.value:.3f}" if row.low is None else f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

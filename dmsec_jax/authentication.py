@@ -132,7 +132,9 @@ def statistics(
     image_batch("images", images)
     parts = dict.fromkeys(part for name in names for part in LOSSES.get(name, ()) if part is not None)
     drawn = losses(key, subject, images, list(parts), settings) | {None: np.zeros(1)}
-    rows = {"z0": latents(subject, images), "index": jnp.arange(len(images))}
+    rows = {}
+    if not LOSSES.keys() >= set(names):
+        rows = {"z0": latents(subject, images), "index": jnp.arange(len(images))}
     if "pfami" in names:
         crops = [latents(subject, _cropped(images, share)) for share in CROPS]
         rows["neighbours"] = jnp.stack(crops, axis=1)  # [N, M, h, w, c]

@@ -171,7 +171,7 @@ def protect(
 
     Args:
         jobs: pictures of one number of channels.
-        batch_size: tiles at once, `settings.batch_size` by default.
+        batch_size: tiles at once, `settings.batch_size` by default; a batch is always as large, filled up, so that one program serves all.
         progress: called with the number of tiles that were finished since, as a fraction while a batch is under way.
 
     Raises:
@@ -179,10 +179,14 @@ def protect(
     """
     parts = [_rows(one, settings) for one in jobs]
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    run = functools.partial(_attack, key, model, settings, progress)
-    found = np.concatenate(
-        [np.asarray(delta) for (delta,) in pipeline.batched(run, rows, batch_size or settings.batch_size)]
-    )
+    size, count = batch_size or settings.batch_size, len(rows["index"])
+    filled = np.minimum(
+        np.arange(max(size, count)), count - 1
+    )  # `pipeline.batched` fills up all batches but a short first one
+    rows = {name: part[filled] for name, part in rows.items()}
+    share = count / (-(-len(filled) // size) * size)
+    run = functools.partial(_attack, key, model, settings, lambda tiles: progress(tiles * share))
+    found = np.concatenate([np.asarray(delta) for (delta,) in pipeline.batched(run, rows, size)])[:count]
     ends = np.cumsum([len(part["index"]) for part in parts])
     changes = np.split(found, ends[:-1])
     return [_apply(one, delta, settings) for one, delta in zip(jobs, changes, strict=True)]

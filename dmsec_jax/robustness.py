@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 
 from dmsec_jax import pipeline
 from dmsec_jax.data.images import from_uint8
-from dmsec_jax.diffusion import draws, loss
-from dmsec_jax.diffusion.schedule import ScheduleConfig, alpha_bars, to_eps
-from dmsec_jax.methods import purify
+from dmsec_jax.diffusion import draws
+from dmsec_jax.diffusion.schedule import ScheduleConfig
+from dmsec_jax.methods import membership, purify
 from dmsec_jax.metrics import image
 from dmsec_jax.metrics.protection import Change
 from dmsec_jax.models import features
@@ -136,11 +136,5 @@ def _distance(params, a, b):
 
 @functools.partial(jax.jit, static_argnames=("eps_fn", "schedule", "num_draws"))
 def _loss(key, latents, index, params, *, eps_fn, schedule: ScheduleConfig, num_draws: int):
-    alpha_bar = alpha_bars(schedule)
-
-    def noise_fn(z_t, t):
-        prediction = eps_fn(params, z_t, t).astype(jnp.float32)
-        return to_eps(alpha_bar, prediction, z_t, t, schedule.prediction_type)
-
     options = {"num_draws": num_draws, "draw": draws.stratified_draw, "index": index}
-    return loss.monte_carlo_loss(key, noise_fn, alpha_bar, latents, **options).mean(axis=1)
+    return membership.loss(key, lambda z_t, t: eps_fn(params, z_t, t), latents, schedule, **options)

@@ -45,8 +45,8 @@ class Config:
     base: Path = pipeline.EMBEDDED
     """The model that it was made from."""
     methods: tuple[str, ...] = DEFAULT
-    """Tests; the verdict rests on the first. loss-difference is the cheapest sure one, cgi-dm shows pictures that a person can judge; see the
-    README for the others."""
+    """Tests; the verdict rests on the first. loss-difference is cheap, cgi-dm shows pictures that a person can judge. Others: loss,
+    loss-difference-independent, cgi-dm-faithful, secmi, pia, pian, pfami, clid, gradient-norm."""
     out: Path = Path("out/authenticate")
     seed: int = 0
     settings: Settings = Settings()

@@ -192,7 +192,8 @@ def _protect_all(cfg, files, sizes, model, settings: Settings, origin: str, cons
                 for path, one in zip(group, opened, strict=True)
             ]
             tell = lambda tiles: progress.advance(task, tiles)
-            pixels = protection.protect(jax.random.key(cfg.seed), model, jobs, settings, progress=tell)
+            options = {"batch_size": batch, "progress": tell}
+            pixels = protection.protect(jax.random.key(cfg.seed), model, jobs, settings, **options)
             for path, one, changed in zip(group, opened, pixels, strict=True):
                 originals.save(output_of(cfg.out, path, one), one, changed)
                 done[path.name] = sha256(path)
@@ -230,7 +231,7 @@ def _judged(cfg: Config, files, base, model, settings: Settings, console: Consol
             job = protection.job(
                 original.pixels, original.shown, _mask(cfg.mask, path, original), base.pixels, settings
             )
-            (noise,) = protection.protect(key_noise, model, [job], noise_settings)
+            (noise,) = protection.protect(key_noise, model, [job], noise_settings, batch_size=1)
             seen = {
                 "clean": original.shown,
                 "protected": after.shown,

@@ -29,6 +29,17 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image
     Raises:
         ValueError: with the reason alone ("is empty (0 bytes)"), for the caller to put the name in front.
     """
+    image = open_bounded(content, max_pixels)
+    try:
+        notes = _several(image)
+        image.load()
+        return _rgb(_upright(image, notes), notes), notes
+    except Exception as error:
+        raise ValueError(f"is truncated, damaged or of an unknown pixel type ({error})") from error
+
+
+def open_bounded(content: bytes, max_pixels: int) -> Image.Image:
+    """A picture whose pixels are not decoded yet; raises ValueError as `decode`."""
     if not content:
         raise ValueError("is empty (0 bytes)")
     try:
@@ -42,12 +53,7 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"has {width} x {height} pixels, more than {max_pixels:,}; make it smaller")
-    try:
-        notes = _several(image)
-        image.load()
-        return _rgb(_upright(image, notes), notes), notes
-    except Exception as error:
-        raise ValueError(f"is truncated, damaged or of an unknown pixel type ({error})") from error
+    return image
 
 
 def _several(image: Image.Image) -> list[str]:
@@ -67,7 +73,7 @@ def _rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating point of unknown range")
     if image.mode.startswith("I"):
-        image = _from_16_bit(np.asarray(image))
+        image = from_16_bit(np.asarray(image))
         notes.append("has 16 bit per sample, rounded to 8")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -77,8 +83,8 @@ def _rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_16_bit(values: np.ndarray) -> Image.Image:
-    """Grey [H, W] of 0..65535; Pillow's own conversion would clip at 255."""
+def from_16_bit(values: np.ndarray) -> Image.Image:
+    """Grey [H, W] of 0..65535, rounded to 8 bit; Pillow's own conversion would clip at 255. Raises ValueError on other values."""
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("integers of unknown range")
     return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))

@@ -8,13 +8,12 @@ import io
 from pathlib import Path
 
 import numpy as np
-import PIL
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import read_bounded, write_atomically
-from dmsec_jax.data.decode import BACKGROUND, FORMATS, MAX_BYTES, MAX_PIXELS
+from dmsec_jax.data.decode import BACKGROUND, MAX_BYTES, MAX_PIXELS, from_16_bit, open_bounded
 
 LOSSLESS = {
     "PNG": (".png", {"optimize": False}),
@@ -85,9 +84,10 @@ def read(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Original:
         OSError: if it cannot be read.
     """
     path = Path(path)
+    content = read_bounded(path, MAX_BYTES)
     try:
-        return _take_apart(read_bounded(path, MAX_BYTES), max_pixels)
-    except _Refused as error:
+        return _take_apart(content, max_pixels)
+    except ValueError as error:
         raise ValueError(f"{path.name!a} {error}") from error
 
 
@@ -116,17 +116,7 @@ class _Refused(ValueError):
 
 
 def _take_apart(content: bytes, max_pixels: int) -> Original:
-    if not content:
-        raise _Refused("is empty (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except PIL.UnidentifiedImageError as error:
-        raise _Refused(f"is no picture ({', '.join(FORMATS)}), or damaged at its start") from error
-    except Exception as error:  # Pillow's readers raise nearly anything on malformed headers
-        raise _Refused(f"has a damaged header ({error!r})") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise _Refused(f"has {width} x {height} pixels, more than {max_pixels:,}; make it smaller")
+    image = open_bounded(content, max_pixels)
     if getattr(image, "n_frames", 1) > 1:
         raise _Refused(f"holds {image.n_frames} pictures (animation or pages); save the one to protect on its own")
     try:
@@ -134,7 +124,7 @@ def _take_apart(content: bytes, max_pixels: int) -> Original:
         return _parts(image, content)
     except _Refused:
         raise
-    except Exception as error:
+    except Exception as error:  # Pillow's readers raise nearly anything on malformed pixels
         raise _Refused(f"is truncated, damaged or of an unknown pixel type ({error})") from error
 
 
@@ -170,11 +160,12 @@ def _eight_bit(image: Image.Image, content: bytes, notes: list[str], metadata: d
     if image.mode == "F":
         raise _Refused("has floating-point samples; save it with 8 bit")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise _Refused("has integers of unknown range; save it with 8 bit")
+        try:
+            image = from_16_bit(np.asarray(image))
+        except ValueError as error:
+            raise _Refused(f"has {error}; save it with 8 bit") from error
         notes.append("has 16 bit per sample, rounded to 8")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        return image
     if content[:8] == b"\x89PNG\r\n\x1a\n" and content[24] == 16:
         notes.append("has 16 bit per sample, cut to 8")
     if image.mode in ("L", "RGB", "LA", "RGBA") and not (image.mode in ("L", "RGB") and image.has_transparency_data):

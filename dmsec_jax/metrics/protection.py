@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from dmsec_jax.metrics.extraction import Interval
+from dmsec_jax.metrics.extraction import Interval, seed_interval
 
 
 class Change(NamedTuple):
@@ -25,10 +25,5 @@ def rise(clean, changed, noise, *, level: float = 0.95) -> tuple[Interval, float
         Mean over pictures of (changed - noise) / clean with its t interval, and the p-value of the one-sided paired t-test (NaN for one picture).
     """
     gain = (np.asarray(changed) - np.asarray(noise)) / np.asarray(clean)
-    if len(gain) < 2:
-        return Interval(float(gain.mean()), -np.inf, np.inf, len(gain)), np.nan
-    half = float(stats.t.ppf((1 + level) / 2, len(gain) - 1) * stats.sem(gain))
-    mean = float(gain.mean())
-    return Interval(mean, mean - half, mean + half, len(gain)), float(
-        stats.ttest_1samp(gain, 0, alternative="greater").pvalue
-    )
+    p_value = float(stats.ttest_1samp(gain, 0, alternative="greater").pvalue) if len(gain) > 1 else np.nan
+    return seed_interval(gain, level=level), p_value

@@ -64,8 +64,8 @@ def summary(found: Authentication) -> str:
     """The outcome on one screen of a terminal: at most 24 lines of 80 columns, plain text."""
     judged = verdict(found)
     lines = [
-        _cut(f"Model    {html.printable(found.tuned)}"),
-        _cut(f"Prompt   {html.printable(found.prompt)}"),
+        html.cut(f"Model    {html.printable(found.tuned)}", 80),
+        html.cut(f"Prompt   {html.printable(found.prompt)}", 80),
         "",
         *(line for text in (judged.headline, *judged.reasons) for line in textwrap.wrap(text, 80)),
     ]
@@ -199,7 +199,3 @@ def _summary_line(test: Outcome, own: Finding) -> str:
     interval = html.between(own.auc.low, own.auc.high)
     p = "<0.001" if own.whole.p_value < 1e-3 else f"{own.whole.p_value:.3f}"
     return f"{html.printable(test.label)[:31]:32}{test.evaluations:>11,}{p:>10}{own.auc.value:>7.2f}{interval:>16}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:79] + "…"

@@ -9,6 +9,7 @@ from dmsec_jax.metrics import evidence
 from dmsec_jax.metrics.evidence import Rate, SetEvidence
 from dmsec_jax.metrics.extraction import Interval
 from dmsec_jax.report.authentication_data import Authentication, Outcome
+from dmsec_jax.report.page import rarity
 
 LEVEL = 0.05
 """Risk of a false claim, of the set as a whole and of each picture."""
@@ -87,7 +88,7 @@ def verdict(found: Authentication) -> Verdict:
     used = own.whole.p_value <= LEVEL
     if used:
         headline = f"There is {_strength(own.whole.p_value)} evidence that {these} used to fine-tune this model."
-        chance = f"If none of them had been used, a lead this wide over the non-members would occur {_odds(own.whole.p_value)}."
+        chance = f"If none of them had been used, a lead this wide over the non-members would occur {rarity(own.whole.p_value)}."
     else:
         headline = f"There is no evidence that {these} used to fine-tune this model."
         chance = (
@@ -132,12 +133,6 @@ def _single(found: Authentication, own: Finding) -> str:
 
 def _strength(p_value: float) -> str:
     return "very strong" if p_value < 0.001 else "strong" if p_value < 0.01 else "some"
-
-
-def _odds(p_value: float) -> str:
-    if p_value < 1e-3:
-        return "less than once in 1,000 audits"
-    return f"about once in {float(f'{1 / p_value:.2g}'):.0f} audits"
 
 
 def _p(p_value: float) -> str:

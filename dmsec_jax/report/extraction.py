@@ -89,8 +89,8 @@ def summary(extraction: Extraction) -> str:
     broken = sum(method.generated - method.finite for method in methods)
     first = f"@{extraction.thresholds[0]:g}" if extraction.thresholds else ""
     lines = [
-        _cut(f"Model    {html.printable(extraction.tuned)}", 80),
-        _cut(f"Prompt   {html.printable(extraction.prompt)}", 80),
+        html.cut(f"Model    {html.printable(extraction.tuned)}", 80),
+        html.cut(f"Prompt   {html.printable(extraction.prompt)}", 80),
         "",
         *(line for text in (found.headline, *found.comparison, *found.reasons[:1]) for line in textwrap.wrap(text, 80)),
         "",
@@ -305,13 +305,9 @@ def _summary_line(extraction: Extraction, method: Method) -> str:
         interval = interval_at(method.clustered, threshold, holdouts=holdouts)
         return html.number(interval.value if interval else None)
 
-    label = _cut(html.printable(method.label).replace(" = ", "="), 24)  # "FineXtract, w = 2, k = -0.02" just fits
+    label = html.cut(html.printable(method.label).replace(" = ", "="), 24)  # "FineXtract, w = 2, k = -0.02" just fits
     count = tally(extraction, method)
     first = figure(extraction.thresholds[0]) if extraction.thresholds else ""
     calls, read = f"{method.evaluations * method.generated:,}", f"{count.matched}/{count.total}"
     averages = f"{figure(None)} / {figure(None, holdouts=True)}"
     return f"{label:25}{calls:>9}{read:>7}{first:>8}{figure(extraction.threshold.value):>8}{averages:>23}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

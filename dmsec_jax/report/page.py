@@ -105,6 +105,18 @@ def printable(text: str) -> str:
     return _visible(" ".join(text.split()))
 
 
+def cut(text: str, width: int) -> str:
+    """`text`, its end left out where it is longer than `width`."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def rarity(p_value: float) -> str:
+    """How often something of this small probability happens."""
+    if p_value < 1e-3:
+        return "less than once in 1,000 audits"
+    return f"about once in {float(f'{1 / p_value:.2g}'):.0f} audits"
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A number for people; a dash where there is none."""
     return DASH if value is None or not np.isfinite(value) else f"{value:.{digits}f}"

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 from scipy import stats
 
 from dmsec_jax.report.extraction_data import Extraction, Method, Threshold
+from dmsec_jax.report.page import rarity
 
 LEVEL = 0.05
 """A gap that chance would make more often than this carries no verdict."""
@@ -128,11 +129,7 @@ def _weight(found: Verdict, threshold: Threshold) -> list[str]:
 
 def _odds(p_value: float) -> str:
     """How often something of this probability happens."""
-    if p_value < 1e-3:
-        return "less than once in 1,000 audits"
-    return (
-        f"about once in {float(f'{1 / p_value:.2g}'):.0f} audits" if p_value < LEVEL else f"in {p_value:.0%} of audits"
-    )
+    return rarity(p_value) if p_value < LEVEL else f"in {p_value:.0%} of audits"
 
 
 def _base(extraction: Extraction, method: Method) -> list[str]:
