@@ -133,7 +133,8 @@ def test_sds_does_not_ask_for_the_networks_jacobian():
 
 def test_descents_are_the_negatives():
     for name in ("denoising", "distillation"):
-        np.testing.assert_array_equal(gradient(name)[0], -gradient(f"{name}_descent")[0])
+        # two programs: XLA may fuse their sums differently
+        np.testing.assert_allclose(gradient(name)[0], -gradient(f"{name}_descent")[0], rtol=1e-5, atol=1e-5)
 
 
 def test_textural_and_encoder_gradients_are_closed_forms():
