@@ -1,4 +1,4 @@
-"""`python -m benchmarks.figures`: the table and the plot of the README, made from the result files and from nothing else.
+"""What was extracted, over fine-tuning steps.
 
 For every set, tuner and number of pictures the newest result file counts.
 """
@@ -8,17 +8,15 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.figures import common
+from benchmarks.figures.common import number
 from benchmarks.harness import RESULTS
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.files import write_atomically
 
-README = Path(__file__).parents[1] / "README.md"
 PLOT = RESULTS / "extraction" / "extraction.svg"
-BEGIN, END = "<!-- extraction: begin, written by python -m benchmarks.figures -->", "<!-- extraction: end -->"
 METHODS = {
     "finextract": ("FineXtract", "#c0392b", "o"),
     "cfg": ("guidance", "#2c6fbb", "s"),
@@ -64,15 +62,7 @@ def main() -> None:
     """Writes the plot and puts the table into the README."""
     studies = read(RESULTS / "extraction")
     require(len(studies) > 0, "results", "at least one file of benchmarks.extraction", "none", "run it first")
-    plot(studies, PLOT)
-    text = README.read_text()
-    require(
-        BEGIN in text and END in text, str(README), "with both marks of the table", "without", f"add {BEGIN} and {END}"
-    )
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    image = f"![AS over fine-tuning steps]({PLOT.relative_to(README.parent)})"
-    write_atomically(README, f"{before}{BEGIN}\n{image}\n\n{table(studies)}\n{END}{after}".encode())
+    common.into_readme("extraction", f"![AS over fine-tuning steps]({plot(studies)})\n\n{table(studies)}")
 
 
 def read(folder: Path) -> list[Study]:
@@ -88,7 +78,7 @@ def read(folder: Path) -> list[Study]:
     return sorted(newest.values(), key=lambda study: (study.name != "openmoji", study.name, study.tuner, -study.n0))
 
 
-def plot(studies: list[Study], path: Path) -> None:
+def plot(studies: list[Study]) -> str:
     """AS of training pictures over steps, before clustering (above) and after it (below, each way), one column per study."""
     figure = Figure(figsize=(3.1 * len(studies), 2.6 * len(STAGES)), layout="constrained")
     axes = figure.subplots(len(STAGES), len(studies), squeeze=False, sharey=True)
@@ -128,8 +118,7 @@ def plot(studies: list[Study], path: Path) -> None:
             if row == len(STAGES) - 1:
                 panel.set_xlabel("fine-tuning steps (batch 4)")
     axes[-1, 0].legend(fontsize=7, frameon=False)
-    with matplotlib.rc_context({"svg.hashsalt": "extraction"}):  # the same data give the same file
-        figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+    return common.save(figure, PLOT)
 
 
 def table(studies: list[Study]) -> str:
@@ -143,35 +132,18 @@ def table(studies: list[Study]) -> str:
     }
     head = ["set", "N0", "tuner", "steps", "AS", "hold-outs", "A-ESR", "A-ESR of guidance"]
     head += [f"lead over {name}" for name in leads]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     last = STAGES["agglomerative"]
     for study in studies:
         for steps in study.steps:
             at = {"steps": steps, "pictures": "training"}
-            found = _figure(study.find("AS", "finextract", **at, **last))
-            null = _figure(study.find("AS", "finextract", steps=steps, pictures="holdout", **last), brief=True)
-            rates = [_figure(study.find("A-ESR@cal", name, **at, **last)) for name in ("finextract", "cfg")]
+            found = number(study.find("AS", "finextract", **at, **last))
+            null = number(study.find("AS", "finextract", steps=steps, pictures="holdout", **last), brief=True)
+            rates = [number(study.find("A-ESR@cal", name, **at, **last)) for name in ("finextract", "cfg")]
             ahead = [
-                _figure(study.find("AS difference", "finextract", against=other, **at, **STAGES[stage]), signed=True)
+                number(study.find("AS difference", "finextract", against=other, **at, **STAGES[stage]), signed=True)
                 for other, stage in leads.values()
             ]
             names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
             lines.append([*names, found, null, *rates, *ahead])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _figure(row: dict | None, *, brief: bool = False, signed: bool = False) -> str:
-    """Value and interval; bold where the interval of a difference leaves zero out."""
-    if row is None or row["value"] is None:
-        return "-"
-    if brief:
-        return f"{row['value']:.2f}"
-    sign = "+" if signed else ""
-    if row["low"] is None:
-        return f"{row['value']:{sign}.2f}"
-    text = f"{row['value']:{sign}.2f} [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
-    return f"**{text}**" if signed and (row["low"] > 0 or row["high"] < 0) else text
-
-
-if __name__ == "__main__":
-    main()
+    return common.table(lines)

@@ -1,0 +1,1 @@
+"""Tables and plots of the README, made from the result files and from nothing else."""

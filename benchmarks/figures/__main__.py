@@ -1,0 +1,7 @@
+"""`python -m benchmarks.figures`: writes all plots and puts all tables into the README."""
+
+from benchmarks.figures import authentication, extraction
+
+if __name__ == "__main__":
+    extraction.main()
+    authentication.main()

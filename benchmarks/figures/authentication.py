@@ -1,0 +1,152 @@
+"""How well members are told from others, over fine-tuning steps and over network evaluations.
+
+For every set, tuner and number of pictures the newest result file counts.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.figures import common
+from benchmarks.figures.common import number
+from benchmarks.harness import RESULTS
+from dmsec_jax.core.checks import require
+
+FOLDER = RESULTS / "authentication"
+METHODS = {
+    "loss-difference": ("loss difference", "#c0392b", "o"),
+    "loss-difference-independent": ("loss difference, noise apart", "#e59866", "x"),
+    "cgi-dm": ("CGI-DM, common noise", "#2c6fbb", "s"),
+    "cgi-dm-faithful": ("CGI-DM, public code", "#85b4e0", "P"),
+    "loss": ("loss", "#777777", "D"),
+    "secmi": ("SecMI", "#7d8a2e", "^"),
+    "pia": ("PIA", "#b07aa1", "v"),
+    "pfami": ("PFAMI", "#17a589", "<"),
+    "clid": ("CLiD", "#b7950b", ">"),
+    "gradient-norm": ("gradient norm", "#5d4037", "*"),
+}
+TABLE = ("loss-difference", "cgi-dm", "cgi-dm-faithful", "loss", "pia", "secmi", "pfami", "clid", "gradient-norm")
+GOAL = 0.8
+"""Tests are best compared at the number of steps where the mean of their AUC comes nearest to this."""
+
+
+class Study(NamedTuple):
+    """Rows of one set, tuner and number of pictures."""
+
+    name: str
+    tuner: str
+    n0: int
+    rows: list[dict]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.n0} pictures, {'full' if self.tuner == 'full' else 'LoRA'}"
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({row["case"]["steps"] for row in self.rows})
+
+    def find(self, metric: str, method: str, **case) -> list[dict]:
+        """The rows of this metric, method and case, by evaluations."""
+        same = lambda row: (row["metric"], row["method"]) == (metric, method) and case.items() <= row["case"].items()
+        return sorted(filter(same, self.rows), key=lambda row: row["case"]["evaluations"])
+
+    def last(self, metric: str, method: str, **case) -> dict | None:
+        """That with the most evaluations, or None."""
+        return (self.find(metric, method, **case) or [None])[-1]
+
+    @property
+    def informative(self) -> int:
+        """The number of steps with the mean AUC of the plotted tests nearest to `GOAL`."""
+        mean = lambda steps: np.mean([self.last("AUC", method, steps=steps)["value"] for method in METHODS])
+        return min(self.steps, key=lambda steps: abs(mean(steps) - GOAL))
+
+
+def main() -> None:
+    """Writes the plots and puts the table into the README."""
+    studies = read(FOLDER)
+    require(len(studies) > 0, "results", "at least one file of benchmarks.authentication", "none", "run it first")
+    plots = f"![AUC over fine-tuning steps]({over_steps(studies)})\n\n![AUC over evaluations]({over_cost(studies)})"
+    common.into_readme("authentication", f"{plots}\n\n{table(studies)}")
+
+
+def read(folder: Path) -> list[Study]:
+    """The newest study of each set, tuner and number of pictures, OpenMoji first, full before LoRA."""
+    newest = {}
+    for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name):
+        rows = [row for row in json.loads(path.read_text())["rows"] if row["metric"].startswith(("AUC", "TPR", "acc"))]
+        key = lambda row: (row["case"]["set"], row["case"]["tuner"], row["case"]["n0"])
+        for names, members in itertools.groupby(sorted(rows, key=key), key):
+            study = Study(*names, list(members))
+            if len(study.steps) > 1:  # the control's models are trained for one number of steps
+                newest[names] = study
+    return sorted(newest.values(), key=lambda study: (study.name != "openmoji", study.name, study.tuner))
+
+
+def over_steps(studies: list[Study]) -> str:
+    """AUC of each test at its highest cost, one panel per study."""
+    draw = lambda study, method: [(steps, study.last("AUC", method, steps=steps)) for steps in study.steps]
+    return _plot(studies, draw, lambda study: study.title, "fine-tuning steps (batch 4)", FOLDER / "steps.svg")
+
+
+def over_cost(studies: list[Study]) -> str:
+    """AUC against evaluations, at each study's most informative number of steps."""
+
+    def draw(study: Study, method: str) -> list[tuple[int, dict | None]]:
+        found = study.find("AUC", method, steps=study.informative)
+        return [(row["case"]["evaluations"], row) for row in found]
+
+    title = lambda study: f"{study.title}\n{study.informative} steps"
+    return _plot(studies, draw, title, "network evaluations per picture", FOLDER / "evaluations.svg")
+
+
+def _plot(studies: list[Study], draw, title, label: str, path: Path) -> str:
+    """One panel per study and one line, or dot, per test."""
+    columns = min(4, len(studies))
+    shape = (-(-len(studies) // columns), columns)
+    figure = Figure(figsize=(3.3 * shape[1], 2.8 * shape[0]), layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False, sharey=True)
+    for panel in panels.flat[len(studies) :]:
+        panel.set_visible(False)
+    for panel, study in zip(panels.flat, studies, strict=False):
+        for shift, (method, (name, colour, mark)) in enumerate(METHODS.items()):
+            points = [(x, row) for x, row in draw(study, method) if row is not None and row["value"] is not None]
+            if not points:
+                continue
+            x = [value * 1.012 ** (shift - len(METHODS) // 2) for value, _ in points]  # side by side, not on top
+            y = [row["value"] for _, row in points]
+            low, high = (
+                [row["value"] if row[end] is None else row[end] for _, row in points] for end in ("low", "high")
+            )
+            error = np.abs(np.array([low, np.minimum(high, 1)]) - y)
+            panel.errorbar(x, y, error, fmt="-", marker=mark, ms=4, lw=1.2, elinewidth=0.6, color=colour, label=name)
+        panel.axhline(0.5, color="#999999", linewidth=0.6, linestyle=":")
+        panel.set_xscale("log")
+        panel.set_ylim(0, 1.03)
+        panel.grid(axis="y", linewidth=0.3)
+        panel.set_title(title(study), fontsize=9)
+        panel.set_xlabel(label, fontsize=8)
+    for row in panels:
+        row[0].set_ylabel("AUC")
+    panels[0, 0].legend(fontsize=6, frameon=False)
+    return common.save(figure, path)
+
+
+def table(studies: list[Study]) -> str:
+    """Markdown: AUC of each test at its highest cost, the best transferred accuracy, and CGI-DM's lead over the public code."""
+    head = ["set", "N0", "tuner", "steps", *(METHODS[name][0] for name in TABLE)]
+    head += ["accuracy at a transferred threshold", "TPR at 1 % FPR", "CGI-DM over public code, equal cost"]
+    lines = [head]
+    for study in studies:
+        for steps in study.steps:
+            at = {"steps": steps}
+            names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
+            areas = [number(study.last("AUC", method, **at)) for method in TABLE]
+            rest = [number(study.last(name, "loss-difference", **at)) for name in ("accuracy@transferred", "TPR@1%FPR")]
+            lead = study.last("AUC difference", "cgi-dm", against="cgi-dm-faithful", **at)
+            lines.append([*names, *areas, *rest, number(lead, signed=True)])
+    return common.table(lines)

@@ -1,0 +1,50 @@
+"""Where tables go, how plots are saved, and how a figure is printed."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import write_atomically
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def into_readme(bench: str, text: str) -> None:
+    """Replaces what stands between the two marks of this benchmark.
+
+    Raises:
+        ValueError: if the README lacks them.
+    """
+    begin, end = f"<!-- {bench}: begin, written by python -m benchmarks.figures -->", f"<!-- {bench}: end -->"
+    readme = README.read_text()
+    marked = begin in readme and end in readme
+    require(marked, str(README), "with both marks of the table", "without", f"add {begin} and {end}")
+    before, _, rest = readme.partition(begin)
+    write_atomically(README, f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}".encode())
+
+
+def save(figure: Figure, path: Path) -> str:
+    """Writes an SVG, the same for the same data; returns its place for a link in the README."""
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+    return path.relative_to(README.parent).as_posix()
+
+
+def table(lines: list[list[str]]) -> str:
+    """Markdown; the first line is the header."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+
+def number(row: dict | None, *, brief: bool = False, signed: bool = False) -> str:
+    """Value and interval; bold where the interval of a difference leaves zero out."""
+    if row is None or row["value"] is None:
+        return "-"
+    if brief:
+        return f"{row['value']:.2f}"
+    sign = "+" if signed else ""
+    if row["low"] is None:
+        return f"{row['value']:{sign}.2f}"
+    text = f"{row['value']:{sign}.2f} [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
+    return f"**{text}**" if signed and (row["low"] > 0 or row["high"] < 0) else text
