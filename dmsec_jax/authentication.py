@@ -6,7 +6,7 @@ Costs are network evaluations per picture; a gradient with respect to the latent
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ PUBLIC_ENTRIES = 64 * 64 * 4
 """Latent entries of the model that the public step sizes were chosen for; others are scaled to the same change per entry."""
 CROPS = (0.95, 0.9, 0.85, 0.8)
 """Shares of the side that PFAMI's neighbours keep."""
+Mask = Literal["checkerboard", "blocks", "half", "blur"]
 CHUNK = 25
 """Steps of CGI-DM in one compiled call, and between two chances to save; the number of steps is a multiple of it, or less."""
 
@@ -49,12 +50,17 @@ class Settings:
     """Radius of CGI-DM's ball in the units of the public code: for 64 x 64 x 4 latents, scaled to others."""
     alpha: float = 2.0
     """Its step, in the same units."""
+    mask: Mask = "checkerboard"
+    """What of a picture CGI-DM keeps: the public code's pattern, or blocks drawn for each picture, half of it each; its left half; or its blur."""
     tile: int = 4
-    """Side of the mask's tiles, in latent entries."""
+    """Side of the tiles of checkerboard and blocks, in latent entries."""
     batch_size: int = 10
     """Pictures at once; does not change the result."""
     chunk: int = 4
     """Draws of the losses at once, for each of those pictures; does not change the result."""
+
+
+MASKS = 2**32 - 1  # folded in for masks that are drawn
 
 
 class Method(NamedTuple):
@@ -200,18 +206,19 @@ def recover(
         on_chunk: called after every `CHUNK` steps of a batch.
 
     Raises:
-        ValueError: on another name, pictures of another form, a tile that does not divide the latent, or steps that are no multiple of `CHUNK`.
+        ValueError: on another name, pictures of another form, an unknown mask, a tile that does not divide the latent, or steps that
+            are no multiple of `CHUNK`.
     """
     require(name in RECOVERING, "method", f"one of {', '.join(RECOVERING)}", repr(name), "choose one of them")
     image_batch("images", images)
     base, faithful = subject.base, name == "cgi-dm-faithful"
     z0 = latents(subject, images)
-    cfg, mask = _config(settings, z0, faithful), jnp.asarray(cgi_dm.checkerboard(*z0.shape[1:3], settings.tile))
+    cfg, masks = _config(settings, z0, faithful), _masks(key, settings, z0)
     pair_fn, params = _pair(subject)
     key_start, key_steps = jax.random.split(key)
     start = cgi_dm.initial(
         z0,
-        mask,
+        masks,
         cfg,
         encode_fn=lambda images: pipeline.encode(base, images),
         decode_fn=lambda z: pipeline.decode(base, z),
@@ -226,7 +233,7 @@ def recover(
         kept = index[: min(size, count - first)]
         state = cgi_dm.State(jnp.asarray(found.delta[index]), jnp.asarray(index), jnp.int32(found.done[first]))
         while found.done[first] < cfg.num_steps:
-            state, info = run(key_steps, state, z0[index], start[index], mask, params, cfg)
+            state, info = run(key_steps, state, z0[index], start[index], masks[index], params, cfg)
             skipped = np.asarray((~info.finite).sum(axis=0))
             found = jax.tree.map(np.copy, found)
             found.delta[kept] = np.asarray(state.delta)[: len(kept)]
@@ -234,7 +241,7 @@ def recover(
             found.done[kept] += len(info.finite)
             if on_chunk is not None:
                 on_chunk(found)
-    whole = lambda delta: cgi_dm.completed(cgi_dm.State(delta, None, None), z0, start, mask, cfg)
+    whole = lambda delta: cgi_dm.completed(cgi_dm.State(delta, None, None), z0, start, masks, cfg)
     partial, completed = whole(jnp.zeros_like(z0)), whole(jnp.asarray(found.delta))
     distance = lambda z: np.asarray(jnp.sqrt(jnp.square(z - z0).sum(axis=(1, 2, 3))), np.float64)
     return Recovery(
@@ -267,7 +274,25 @@ def _config(settings: Settings, z0: Latent, faithful: bool) -> cgi_dm.Config:
         num_steps=settings.num_steps,
         num_draws=1 if faithful else settings.cgi_draws,
         noise="independent" if faithful else "common",
+        domain="frequency" if settings.mask == "blur" else "space",
     )
+
+
+def _masks(key, settings: Settings, z0: Latent) -> jax.Array:
+    """Masks [N, h, w, 1] of what is kept, or of frequencies [N, h, w, 1] that are."""
+    kinds = get_args(Mask)
+    require(settings.mask in kinds, "mask", f"one of {', '.join(kinds)}", repr(settings.mask), "choose one of them")
+    count, *shape, _ = z0.shape
+    if settings.mask == "blocks":
+        seed = int(jax.random.bits(jax.random.fold_in(key, MASKS)))
+        return jnp.asarray(cgi_dm.blocks(seed, count, *shape, block=settings.tile))
+    if settings.mask == "checkerboard":
+        mask = cgi_dm.checkerboard(*shape, settings.tile)
+    elif settings.mask == "half":
+        mask = cgi_dm.half(*shape)
+    else:
+        mask = cgi_dm.low_pass(*shape)
+    return jnp.broadcast_to(mask, (count, *mask.shape[1:]))
 
 
 def _pair(subject: Subject) -> tuple[Callable, Params]:

@@ -120,6 +120,17 @@ def test_recovery_does_not_depend_on_the_batch(subject):
 
 
 @pytest.mark.slow  # the command's tests run the same, compiled once
+@pytest.mark.parametrize("mask", ["blocks", "half", "blur"])
+def test_each_mask_keeps_what_it_says(subject, mask):
+    settings = dataclasses.replace(SMALL, mask=mask, num_steps=1)
+    found = authentication.recover(KEY, subject, noise(3), settings)
+    assert (np.abs(found.error - 1) > 1e-4).all(), "something is hidden, and moves"
+    masks = authentication._masks(KEY, settings, authentication.latents(subject, noise(3)))
+    assert len(np.unique(np.asarray(masks), axis=0)) == (3 if mask == "blocks" else 1)
+    np.testing.assert_allclose(masks.mean(), 0.5, atol=0.26 if mask == "blur" else 0)
+
+
+@pytest.mark.slow  # the command's tests run the same, compiled once
 def test_a_model_of_nan_is_named(subject):
     broken = jax.tree.map(lambda leaf: leaf * np.nan, subject.tuned["unet"])
     ill = subject._replace(tuned={**subject.tuned, "unet": broken})
