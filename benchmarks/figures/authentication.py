@@ -1,20 +1,14 @@
-"""How well members are told from others, over fine-tuning steps and over network evaluations.
+"""How well members are told from others, over fine-tuning steps and over network evaluations."""
 
-For every set, tuner and number of pictures the newest result file counts.
-"""
-
-import itertools
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.figures import common
-from benchmarks.figures.common import number
+from benchmarks.figures.common import Study, number
 from benchmarks.harness import RESULTS
-from dmsec_jax.core.checks import require
 
 FOLDER = RESULTS / "authentication"
 METHODS = {
@@ -34,62 +28,34 @@ GOAL = 0.8
 """Tests are best compared at the number of steps where the mean of their AUC comes nearest to this."""
 
 
-class Study(NamedTuple):
-    """Rows of one set, tuner and number of pictures."""
-
-    name: str
-    tuner: str
-    n0: int
-    rows: list[dict]
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.n0} pictures, {'full' if self.tuner == 'full' else 'LoRA'}"
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted({row["case"]["steps"] for row in self.rows})
-
-    def find(self, metric: str, method: str, **case) -> list[dict]:
-        """The rows of this metric, method and case, by evaluations."""
-        same = lambda row: (row["metric"], row["method"]) == (metric, method) and case.items() <= row["case"].items()
-        return sorted(filter(same, self.rows), key=lambda row: row["case"]["evaluations"])
-
-    def last(self, metric: str, method: str, **case) -> dict | None:
-        """That with the most evaluations, or None."""
-        return (self.find(metric, method, **case) or [None])[-1]
-
-    @property
-    def informative(self) -> int:
-        """The number of steps with the mean AUC of the plotted tests nearest to `GOAL`."""
-        mean = lambda steps: np.mean([self.last("AUC", method, steps=steps)["value"] for method in METHODS])
-        return min(self.steps, key=lambda steps: abs(mean(steps) - GOAL))
-
-
 def main() -> None:
     """Writes the plots and puts the table into the README."""
-    studies = read(FOLDER)
-    require(len(studies) > 0, "results", "at least one file of benchmarks.authentication", "none", "run it first")
+    studies = common.read(FOLDER, _rows)
     plots = f"![AUC over fine-tuning steps]({over_steps(studies)})\n\n![AUC over evaluations]({over_cost(studies)})"
     common.into_readme("authentication", f"{plots}\n\n{table(studies)}")
 
 
-def read(folder: Path) -> list[Study]:
-    """The newest study of each set, tuner and number of pictures, OpenMoji first, full before LoRA."""
-    newest = {}
-    for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name):
-        rows = [row for row in json.loads(path.read_text())["rows"] if row["metric"].startswith(("AUC", "TPR", "acc"))]
-        key = lambda row: (row["case"]["set"], row["case"]["tuner"], row["case"]["n0"])
-        for names, members in itertools.groupby(sorted(rows, key=key), key):
-            study = Study(*names, list(members))
-            if len(study.steps) > 1:  # the control's models are trained for one number of steps
-                newest[names] = study
-    return sorted(newest.values(), key=lambda study: (study.name != "openmoji", study.name, study.tuner))
+def _rows(rows: list[dict]) -> list[dict]:
+    """Those of the tests, none of the control."""
+    control = any(row["metric"] == "false_positive_rate" for row in rows)
+    return [] if control else rows
+
+
+def last(study: Study, metric: str, method: str, **case) -> dict | None:
+    """The row with the most evaluations, or None."""
+    rows = study.all(metric, method, **case)
+    return max(rows, key=lambda row: row["case"]["evaluations"]) if rows else None
+
+
+def informative(study: Study) -> int:
+    """The number of steps with the mean AUC of the tests nearest to `GOAL`."""
+    mean = lambda steps: np.mean([last(study, "AUC", method, steps=steps)["value"] for method in METHODS])
+    return min(study.steps, key=lambda steps: abs(mean(steps) - GOAL))
 
 
 def over_steps(studies: list[Study]) -> str:
     """AUC of each test at its highest cost, one panel per study."""
-    draw = lambda study, method: [(steps, study.last("AUC", method, steps=steps)) for steps in study.steps]
+    draw = lambda study, method: [(steps, last(study, "AUC", method, steps=steps)) for steps in study.steps]
     return _plot(studies, draw, lambda study: study.title, "fine-tuning steps (batch 4)", FOLDER / "steps.svg")
 
 
@@ -97,14 +63,20 @@ def over_cost(studies: list[Study]) -> str:
     """AUC against evaluations, at each study's most informative number of steps."""
 
     def draw(study: Study, method: str) -> list[tuple[int, dict | None]]:
-        found = study.find("AUC", method, steps=study.informative)
-        return [(row["case"]["evaluations"], row) for row in found]
+        found = study.all("AUC", method, steps=informative(study))
+        return sorted(((row["case"]["evaluations"], row) for row in found), key=lambda point: point[0])
 
-    title = lambda study: f"{study.title}\n{study.informative} steps"
+    title = lambda study: f"{study.title}\n{informative(study)} steps"
     return _plot(studies, draw, title, "network evaluations per picture", FOLDER / "evaluations.svg")
 
 
-def _plot(studies: list[Study], draw, title, label: str, path: Path) -> str:
+def _plot(
+    studies: list[Study],
+    draw: Callable[[Study, str], list[tuple[int, dict | None]]],
+    title: Callable[[Study], str],
+    label: str,
+    path: Path,
+) -> str:
     """One panel per study and one line, or dot, per test."""
     columns = min(4, len(studies))
     shape = (-(-len(studies) // columns), columns)
@@ -145,8 +117,10 @@ def table(studies: list[Study]) -> str:
         for steps in study.steps:
             at = {"steps": steps}
             names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
-            areas = [number(study.last("AUC", method, **at)) for method in TABLE]
-            rest = [number(study.last(name, "loss-difference", **at)) for name in ("accuracy@transferred", "TPR@1%FPR")]
-            lead = study.last("AUC difference", "cgi-dm", against="cgi-dm-faithful", **at)
+            areas = [number(last(study, "AUC", method, **at)) for method in TABLE]
+            rest = [
+                number(last(study, name, "loss-difference", **at)) for name in ("accuracy@transferred", "TPR@1%FPR")
+            ]
+            lead = last(study, "AUC difference", "cgi-dm", against="cgi-dm-faithful", **at)
             lines.append([*names, *areas, *rest, number(lead, signed=True)])
     return common.table(lines)

@@ -1,5 +1,9 @@
-"""Where tables go, how plots are saved, and how a figure is printed."""
+"""What is drawn, where tables go, how plots are saved, and how a figure is printed."""
 
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +13,48 @@ from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import write_atomically
 
 README = Path(__file__).parents[2] / "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Result rows of one set, tuner and number of pictures."""
+
+    name: str
+    tuner: str
+    n0: int
+    rows: list[dict]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.n0} pictures, {'full' if self.tuner == 'full' else 'LoRA'}"
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({row["case"]["steps"] for row in self.rows})
+
+    def all(self, metric: str, method: str, **case) -> list[dict]:
+        """The rows of this metric, method and case."""
+        same = lambda row: (row["metric"], row["method"]) == (metric, method) and case.items() <= row["case"].items()
+        return list(filter(same, self.rows))
+
+    def first(self, metric: str, method: str, **case) -> dict | None:
+        """The first of them, or None."""
+        return (self.all(metric, method, **case) or [None])[0]
+
+
+def read(folder: Path, rows_of: Callable[[list[dict]], list[dict]]) -> list[Study]:
+    """The newest study of each set, tuner and number of pictures: OpenMoji first, full before LoRA, many pictures before few.
+
+    Args:
+        rows_of: the rows of a file that count; none if the file is of another kind.
+    """
+    newest = {}
+    for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name):
+        key = lambda row: (row["case"]["set"], row["case"]["tuner"], row["case"]["n0"])
+        rows = sorted(rows_of(json.loads(path.read_text())["rows"]), key=key)
+        newest |= {names: Study(*names, list(members)) for names, members in itertools.groupby(rows, key)}
+    require(len(newest) > 0, str(folder), "a folder with results", "none", f"run python -m benchmarks.{folder.name}")
+    return sorted(newest.values(), key=lambda study: (study.name != "openmoji", study.name, study.tuner, -study.n0))
 
 
 def into_readme(bench: str, text: str) -> None:

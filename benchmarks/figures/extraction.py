@@ -1,20 +1,11 @@
-"""What was extracted, over fine-tuning steps.
-
-For every set, tuner and number of pictures the newest result file counts.
-"""
-
-import itertools
-import json
-from pathlib import Path
-from typing import NamedTuple
+"""What was extracted, over fine-tuning steps."""
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.figures import common
-from benchmarks.figures.common import number
+from benchmarks.figures.common import Study, number
 from benchmarks.harness import RESULTS
-from dmsec_jax.core.checks import require
 
 PLOT = RESULTS / "extraction" / "extraction.svg"
 METHODS = {
@@ -34,48 +25,15 @@ STAGES = {
 """Before clustering (with the weights tuned for cliques) and after it."""
 
 
-class Study(NamedTuple):
-    """Rows of one set, tuner and number of pictures."""
-
-    name: str
-    tuner: str
-    n0: int
-    rows: list[dict]
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.n0} pictures, {'full' if self.tuner == 'full' else 'LoRA'}"
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted({row["case"]["steps"] for row in self.rows})
-
-    def find(self, metric: str, method: str, **case) -> dict | None:
-        """The one row of this metric, method and case, or None."""
-        for row in self.rows:
-            if (row["metric"], row["method"]) == (metric, method) and case.items() <= row["case"].items():
-                return row
-        return None
-
-
 def main() -> None:
     """Writes the plot and puts the table into the README."""
-    studies = read(RESULTS / "extraction")
-    require(len(studies) > 0, "results", "at least one file of benchmarks.extraction", "none", "run it first")
+    studies = common.read(PLOT.parent, _rows)
     common.into_readme("extraction", f"![AS over fine-tuning steps]({plot(studies)})\n\n{table(studies)}")
 
 
-def read(folder: Path) -> list[Study]:
-    """The newest study of each set, tuner and number of pictures, OpenMoji first, full before LoRA."""
-    newest = {}
-    for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name):
-        rows = json.loads(path.read_text())["rows"]
-        if not any(row["metric"] == "AS difference" for row in rows):
-            continue  # of an earlier form
-        key = lambda row: (row["case"]["set"], row["case"]["tuner"], row["case"]["n0"])
-        for names, members in itertools.groupby(sorted(rows, key=key), key):
-            newest[names] = Study(*names, list(members))
-    return sorted(newest.values(), key=lambda study: (study.name != "openmoji", study.name, study.tuner, -study.n0))
+def _rows(rows: list[dict]) -> list[dict]:
+    """All, unless they are of an earlier form."""
+    return rows if any(row["metric"] == "AS difference" for row in rows) else []
 
 
 def plot(studies: list[Study]) -> str:
@@ -89,7 +47,9 @@ def plot(studies: list[Study]) -> str:
                 if method == "carlini" and stage["stage"] == "all":
                     continue  # the same samples as plain
                 for pictures, line in (("training", "-"), ("holdout", ":")):
-                    found = [study.find("AS", method, steps=steps, pictures=pictures, **stage) for steps in study.steps]
+                    found = [
+                        study.first("AS", method, steps=steps, pictures=pictures, **stage) for steps in study.steps
+                    ]
                     points = [
                         (s * 1.015 ** (shift - 2), r)
                         for s, r in zip(study.steps, found, strict=True)
@@ -137,11 +97,11 @@ def table(studies: list[Study]) -> str:
     for study in studies:
         for steps in study.steps:
             at = {"steps": steps, "pictures": "training"}
-            found = number(study.find("AS", "finextract", **at, **last))
-            null = number(study.find("AS", "finextract", steps=steps, pictures="holdout", **last), brief=True)
-            rates = [number(study.find("A-ESR@cal", name, **at, **last)) for name in ("finextract", "cfg")]
+            found = number(study.first("AS", "finextract", **at, **last))
+            null = number(study.first("AS", "finextract", steps=steps, pictures="holdout", **last), brief=True)
+            rates = [number(study.first("A-ESR@cal", name, **at, **last)) for name in ("finextract", "cfg")]
             ahead = [
-                number(study.find("AS difference", "finextract", against=other, **at, **STAGES[stage]), signed=True)
+                number(study.first("AS difference", "finextract", against=other, **at, **STAGES[stage]), signed=True)
                 for other, stage in leads.values()
             ]
             names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
