@@ -1,4 +1,4 @@
-"""Settings of every test run: one CPU device, a persistent compilation cache, annotations checked on every call."""
+"""Settings of every test run: eight virtual CPU devices, of which most tests use one; a persistent compilation cache; checked annotations."""
 
 import dataclasses
 import importlib.metadata
@@ -19,6 +19,7 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+jax.config.update("jax_num_cpu_devices", 8)
 jaxtyping.install_import_hook("dmsec_jax", "typecheck.checked")
 
 hypothesis.settings.register_profile("local", max_examples=25, deadline=None)
