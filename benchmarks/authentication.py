@@ -115,9 +115,13 @@ def _scores(cfg: Config, training: Training, steps: int) -> dict[str, np.ndarray
 
 
 def _recovered(cfg: Config, key, subject, pictures: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """Errors after every chunk, and how alike pictures [N] and final recoveries [N] are, as a matrix [N, N]."""
+    """Errors after every chunk, and how alike pictures [N] and final recoveries [N] are, as a matrix [N, N].
+
+    The public code's variant takes one draw per step, so it goes on for as many more steps: both end at the same cost.
+    """
     errors, state = [], None
-    for done in range(CHUNK, cfg.settings.num_steps + 1, CHUNK):
+    steps = cfg.settings.num_steps * (cfg.settings.cgi_draws if name == "cgi-dm-faithful" else 1)
+    for done in range(CHUNK, steps + 1, CHUNK):
         last: list[authentication.Unfinished] = []
         settings = dataclasses.replace(cfg.settings, num_steps=done)
         found = authentication.recover(key, subject, pictures, settings, name=name, resume=state, on_chunk=last.append)
