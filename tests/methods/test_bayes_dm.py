@@ -30,7 +30,7 @@ def normal(seed, *shape):
 PARAMS = {"mix": {"kernel": 0.3 * normal(0, 3, 3), "bias": jnp.zeros(3)}, "norm": {"scale": jnp.ones(3)}}
 DATA = Data(examples(normal(1, 4, 2, 2, 3), normal(2, 4, 1, 3)), examples(normal(3, 2, 2, 2, 3), normal(4, 1, 1, 3)))
 TUNE = dreambooth.Config(num_steps=3, batch_size=2, learning_rate=1e-2, sample_posterior=False)
-CFG = Config(tune=TUNE, selection=("kernel", "scale"), sigma0=0.1, sigma_rate=1e-2, kl_weight=0.1)
+CFG = Config(**vars(TUNE), selection=("kernel", "scale"), sigma0=0.1, sigma_rate=1e-2, kl_weight=0.1)
 
 
 def eps_fn(params, z_t, t, context):
@@ -45,7 +45,7 @@ init = partial(bayes_dm.init, KEY, PARAMS, adapter=NETWORK["adapter"])
 
 def protocol_case():
     one = Data(examples(normal(1, 1, 2, 2, 3), normal(2, 1, 1, 3)))  # one picture: every batch is the same
-    cfg = dataclasses.replace(CFG, tune=dataclasses.replace(TUNE, batch_size=1))
+    cfg = dataclasses.replace(CFG, batch_size=1)
     return {
         "cfg": cfg,
         "params": PARAMS,
@@ -61,7 +61,7 @@ def batch(i=0):
 
 
 def test_without_noise_it_is_dreambooth():
-    cfg = Config(tune=TUNE, selection=KERNELS, sigma0=0.0, sigma_min=0.0, sigma_rate=0.0)
+    cfg = Config(**vars(TUNE), selection=KERNELS, sigma0=0.0, sigma_min=0.0, sigma_rate=0.0)
     state, plain = init(cfg), dreambooth.init(KEY, PARAMS, TUNE, adapter=full())
     plain_step = jax.jit(partial(dreambooth.step, **NETWORK))
     for i in range(3):
