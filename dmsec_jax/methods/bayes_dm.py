@@ -21,6 +21,7 @@ Deviations: public code, and what is here by default (the public behaviour by na
     - One theta for instance and class pictures: so does this (`halves="separate"` draws two; test_halves_can_have_weights_of_their_own).
 """
 
+import math
 import zlib
 from typing import Literal, NamedTuple
 
@@ -123,7 +124,20 @@ def init(key: Key, params: Params, cfg: Config, *, adapter: Adapter) -> State:
     return State(tuned, raw, _adam(cfg).init(raw), jax.tree.map(jnp.copy, chosen))
 
 
-def selected(trainable: Params, cfg: Config) -> Params:
+def check(cfg: Posterior) -> None:
+    """Refuses numbers that make no posterior; `cfg` holds numbers, not tracers.
+
+    Raises:
+        ValueError: on a deviation, rate or weight that is negative or not finite, or no deviation with the softplus parameterisation.
+    """
+    require(cfg.weight_samples >= 1, "weight_samples", "at least 1", cfg.weight_samples, "draw one or more")
+    for name in ("sigma0", "sigma_min", "sigma_rate", "sigma_decay", "kl_weight"):
+        require(0 <= getattr(cfg, name) < math.inf, name, "at least 0 and finite", getattr(cfg, name), "correct it")
+    reached = cfg.parameterisation == "direct" or cfg.sigma0 > 0
+    require(reached, "sigma0", "positive with softplus", cfg.sigma0, "use the direct parameterisation for no noise")
+
+
+def selected(trainable: Params, cfg: Posterior) -> Params:
     """The leaves that have a posterior.
 
     Raises:
@@ -138,7 +152,7 @@ def selected(trainable: Params, cfg: Config) -> Params:
     return trees.unflatten({path: flat[path] for path in trees.match(flat, patterns)})
 
 
-def deviations(raw: Params, cfg: Config) -> Params:
+def deviations(raw: Params, cfg: Posterior) -> Params:
     """sigma."""
     if cfg.parameterisation == "softplus":
         return jax.tree.map(jax.nn.softplus, raw)
@@ -167,7 +181,7 @@ def sample(key: Key, state: State, cfg: Config) -> Params:
     return perturbed(key, mean(state), deviations(state.raw, cfg))
 
 
-def divergence(mu: Params, sigma: Params, prior: Params, cfg: Config) -> Float[Array, ""]:
+def divergence(mu: Params, sigma: Params, prior: Params, cfg: Posterior) -> Float[Array, ""]:
     """KL between posterior N(mu, sigma^2) and prior N(prior, sigma0^2), in the direction and scale that are configured.
 
     mu, sigma, prior: trees of the same selected leaves.
