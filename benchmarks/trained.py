@@ -15,6 +15,8 @@ from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 
 LORA = ("lora.rank=64", "lora.alpha=64", "lora.targets=attention+ff+conv", "tune.learning_rate=0.001")
+TUNERS = {"full": (), "lora": LORA, "oft": ("oft.blocks=4", "oft.targets=attention", "tune.learning_rate=0.001")}
+"""Tuner -> its overrides of the recipe."""
 SPLIT = {"member", "holdout"}
 
 
@@ -54,7 +56,7 @@ class Training:
         self.pictures, self.holdout = images.split(images.reorder(everything, order), n0)
         self.base, self.name, self.tuner, self.n0, self.seed, self.steps = base, Path(name).name, tuner, n0, seed, steps
         self.prompt = "an openmoji icon of an animal" if name == "openmoji" else "a picture in sks style"
-        overrides = (*(LORA if tuner == "lora" else ()), f"tune.num_steps={max(steps)}", *overrides)
+        overrides = (*TUNERS[tuner], f"tune.num_steps={max(steps)}", *overrides)
         self.recipe = tuning.read(None, overrides)
         odd = [count for count in steps if count % self.recipe.chunk_steps]
         require(not odd, "steps", f"multiples of {self.recipe.chunk_steps}", odd, "round them")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dmsec_jax import cli
+from dmsec_jax import cli, monitoring
 from dmsec_jax.commands import finetune
 from dmsec_jax.data.images import save_png
 
@@ -49,14 +49,14 @@ def whole(tune, tmp_path):
 
 def test_interrupted_resumed_and_repeated_runs_give_the_same_account(tune, whole, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    sample = finetune.pipeline.sample
+    look = monitoring.look
 
     def interrupting(*args, **options):  # while the first sheet is drawn
         signal.raise_signal(signal.SIGINT)
-        return sample(*args, **options)
+        return look(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune.pipeline, "sample", interrupting)
+        patched.setattr(monitoring, "look", interrupting)
         assert tune(tmp_path / "cut") == 130
     signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "cut" / "result.json").exists()
@@ -69,6 +69,7 @@ def test_interrupted_resumed_and_repeated_runs_give_the_same_account(tune, whole
     assert all((tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes() for name in sheets)
 
 
+@pytest.mark.slow  # compiles for long
 def test_a_posterior_is_trained_resumed_and_exported_as_its_mean(tune, tmp_path):
     """In one piece and in two: the same account, model and deviations; the pictures are drawn by models of the posterior."""
     options = ["--bayes", "[conv_out/kernel]", "--sheets", "posterior"]
@@ -86,6 +87,24 @@ def test_a_posterior_is_trained_resumed_and_exported_as_its_mean(tune, tmp_path)
     assert 0 < np.abs(sigma["conv_out/kernel"] - 0.01).max() < 0.01  # learned, six steps of Adam away from the start
     sheets = sorted((tmp_path / "whole").rglob("samples/*.png"))
     assert len({path.read_bytes() for path in sheets}) == 3
+
+
+def test_the_monitor_ends_a_training_that_copies(tune, tmp_path, monkeypatch):
+    look = monitoring.look
+
+    def copying(watched, step, *rest):
+        return look(watched, step, *rest)._replace(copied_p=0.0 if step >= 4 else 1.0, noise_p=1.0)
+
+    monkeypatch.setattr(monitoring, "look", copying)
+    for _ in range(2):  # trained; then asked once more, when there is nothing left to do
+        assert tune(tmp_path, "--stop-at", "copying") == 0
+        details = account(tmp_path)["details"]
+        assert len(details["loss"]) == 4
+        assert [(found["step"], found["stage"]) for found in details["stages"]] == [(2, "learning"), (4, "copying")]
+        assert details["advice"] == "Samples were copying at step 4: stop at step 2, the most faithful before it."
+        assert account(tmp_path)["rows"][0]["case"]["steps"] == 4
+    assert tune(tmp_path) == 0
+    assert [found["step"] for found in account(tmp_path)["details"]["stages"]] == [2, 4, 6]
 
 
 def test_a_longer_run_goes_on_and_a_damaged_sheet_is_left_out(tune, whole):
@@ -140,6 +159,7 @@ def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
     (["--bayes", "everything"], "selection must be one of norm"),
     (["--bayes", "lora-up"], "found in some parameter path"),
     (["--bayes", "norm", "--set", "bayes.sigma0=-1"], "sigma0 must be at least 0 and finite, got -1"),
+    (["--stop-at", "copying", "--sample-every", "0"], "stop_at must be never without samples, got copying"),
     (["--sheets", "posterior"], "sheets must be mean without a posterior"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_anything_is_done(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from dmsec_jax import pipeline, tuning
+from dmsec_jax import monitoring, pipeline, tuning
 from dmsec_jax.checkpoints import diffusers
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.checkpoints.state import Checkpoints
@@ -22,6 +22,8 @@ from dmsec_jax.data.decode import MAX_BYTES, decode
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.diffusion import schedule
+from dmsec_jax.finetune import monitor
+from dmsec_jax.finetune.monitor import Measures
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.pipeline import Pipeline
 from dmsec_jax.report import page, training
@@ -60,7 +62,9 @@ class Config:
     text_encoder: bool = False
     """Train the text encoder too."""
     sample_every: int = 100
-    """Steps between sample sheets; 0 draws none."""
+    """Steps between sample sheets, each of which the monitor looks at; 0 draws none."""
+    stop_at: Literal["never", "corrupting", "copying"] = "never"
+    """End the training when the monitor finds this stage, or one beyond it."""
     seed: int = 0
 
 
@@ -88,13 +92,7 @@ def run(cfg: Config) -> int:
     base = pipeline.load(cfg.model)
     key_prior, key_tune, key_sample = jax.random.split(jax.random.key(cfg.seed), 3)
     prior = _prior(key_prior, base, cfg, inputs.prior)
-    samples: dict[int, np.ndarray] = {}
-
-    def draw_samples(done, info, state):
-        if cfg.sample_every and done % cfg.sample_every == 0:
-            samples[done] = _drawn(key_sample, base, cfg, chosen, state)
-            images.save_png(_sheet(cfg, done), images.grid(samples[done], SAMPLES))
-
+    sheets = _Sheets(cfg, base, chosen, inputs, key_sample)
     per_step = chosen.tune.batch_size * chosen.tune.accumulation
     with (
         Checkpoints(cfg.out / "checkpoints") as checkpoints,
@@ -103,7 +101,7 @@ def run(cfg: Config) -> int:
 
         def on_chunk(done, info, state):
             bar(done, info, state)
-            draw_samples(done, info, state)
+            sheets.add(done, state)
 
         tuned = tuning.tune(
             key_tune,
@@ -114,6 +112,7 @@ def run(cfg: Config) -> int:
             prior=prior,
             text_encoder=cfg.text_encoder,
             on_chunk=on_chunk,
+            enough=sheets.enough,
             checkpoints=checkpoints,
             origin=_origin(cfg, base, inputs, chosen),
         )
@@ -122,27 +121,72 @@ def run(cfg: Config) -> int:
             f"Interrupted. The same command goes on from the checkpoint in {cfg.out / 'checkpoints'}.", markup=False
         )
         return 130
-    _write(cfg, base, inputs.pictures, chosen, tuned, _earlier(cfg, base.pixels, tuned.start) | samples)
+    _write(cfg, base, inputs.pictures, chosen, tuned, sheets)
+    if sheets.measures:
+        console.print(monitor.advice(sheets.until(tuned.done)), markup=False)
     console.print(f"Model: {cfg.out / 'model'}   report: {cfg.out / 'report.html'}", markup=False)
     return 0
+
+
+class _Sheets:
+    """Sample sheets and what the monitor says about them, those of an earlier, interrupted call included."""
+
+    def __init__(self, cfg: Config, base: Pipeline, chosen: Recipe, inputs: Inputs, key):
+        self.cfg, self.base, self.chosen, self.key = cfg, base, chosen, key
+        self.samples: dict[int, np.ndarray] = {}
+        self.measures: dict[int, Measures] = {}
+        if not cfg.sample_every:
+            return
+        before = pipeline.sample(key, base, cfg.prompt, SAMPLES)
+        key_watch = jax.random.fold_in(key, SAMPLES + 1)
+        self.watched = monitoring.watch(key_watch, base, inputs.pictures.images, cfg.prompt, before)
+        for step in range(cfg.sample_every, chosen.tune.num_steps + 1, cfg.sample_every):
+            with contextlib.suppress(ValueError, OSError):  # a damaged sheet must not cost the trained model
+                self.measures[step] = monitoring.read(self._path(step, "json"))
+                sheet = decode(read_bounded(self._path(step, "png"), MAX_BYTES))[0]
+                self.samples[step] = images.ungrid(images.from_uint8(np.asarray(sheet)), base.pixels)
+
+    def _path(self, step: int, kind: str) -> Path:
+        return self.cfg.out / "samples" / f"step-{step:06d}.{kind}"
+
+    def add(self, done: int, state) -> None:
+        """Draws and judges the sheet of a step that has one."""
+        cfg, base, chosen = self.cfg, self.base, self.chosen
+        if not cfg.sample_every or done % cfg.sample_every:
+            return
+        mean, sigma = tuning.mean(chosen, state), tuning.deviations(chosen, state)
+        params = tuning.merged(base, chosen, mean, cfg.text_encoder)
+        drawn = shown = pipeline.sample(self.key, base, cfg.prompt, SAMPLES, params=params)
+        if cfg.sheets == "posterior":
+            key_weights, key_noise = jax.random.split(jax.random.fold_in(self.key, SAMPLES))
+            models = tuning.drawn(key_weights, base, chosen, mean, sigma, SAMPLES, cfg.text_encoder)
+            one = lambda j, params: pipeline.sample(
+                jax.random.fold_in(key_noise, j), base, cfg.prompt, 1, params=params
+            )
+            shown = np.concatenate([one(j, params) for j, params in enumerate(models)])
+        self.samples[done] = shown
+        self.measures[done] = monitoring.look(self.watched, done, params, drawn)
+        images.save_png(self._path(done, "png"), images.grid(shown, SAMPLES))
+        monitoring.save(self._path(done, "json"), self.measures[done])
+
+    def until(self, done: int) -> list[Measures]:
+        """Measures up to a step."""
+        return [found for step, found in sorted(self.measures.items()) if step <= done]
+
+    def enough(self, done: int) -> bool:
+        """Whether the stage to stop at was reached by now."""
+        return self.cfg.stop_at != "never" and monitor.reached(self.until(done), self.cfg.stop_at) is not None
+
+    def course(self, tuned: tuning.Tuned) -> Course:
+        """All of it, for the report."""
+        shown = [(step, drawn) for step, drawn in sorted(self.samples.items()) if step <= tuned.done]
+        sheets = tuple(Sheet(step=step, samples=drawn) for step, drawn in shown)
+        return Course(loss=tuned.info.loss, sheets=sheets, measures=tuple(self.until(tuned.done)))
 
 
 def _overrides(cfg: Config) -> tuple[str, ...]:
     """Those of `set`, after the selection that has an option of its own."""
     return cfg.set if cfg.bayes is None else (f"bayes.selection={cfg.bayes}", *cfg.set)
-
-
-def _drawn(key, base: Pipeline, cfg: Config, chosen: Recipe, state) -> np.ndarray:
-    """The pictures of a sample sheet; with the same noise at every step."""
-    mean = tuning.mean(chosen, state)
-    if cfg.sheets == "mean":
-        params = tuning.merged(base, chosen, mean, cfg.text_encoder)
-        return pipeline.sample(key, base, cfg.prompt, SAMPLES, params=params)
-    key_weights = jax.random.fold_in(key, SAMPLES)
-    models = tuning.drawn(key_weights, base, chosen, mean, tuning.deviations(chosen, state), SAMPLES, cfg.text_encoder)
-    keys = jax.random.split(key, SAMPLES)
-    drawn = [pipeline.sample(own, base, cfg.prompt, 1, params=params) for own, params in zip(keys, models, strict=True)]
-    return np.concatenate(drawn)
 
 
 def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
@@ -154,6 +198,8 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     )
     given = cfg.prior_images is None or cfg.prior_prompt is not None
     require(given, "prior_prompt", "given with prior_images", None, "say what the class is")
+    watched = cfg.stop_at == "never" or cfg.sample_every > 0
+    require(watched, "stop_at", "never without samples", cfg.stop_at, "give --sample-every")
     possible = cfg.sheets == "mean" or chosen.bayes is not None
     require(possible, "sheets", "mean without a posterior", cfg.sheets, "name a selection with --bayes")
     for place in (*reversed(cfg.out.parents), cfg.out, *(cfg.out / name for name in FOLDERS)):
@@ -201,22 +247,9 @@ def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe) -> dict
     }
 
 
-def _sheet(cfg: Config, step: int) -> Path:
-    return cfg.out / "samples" / f"step-{step:06d}.png"
-
-
-def _earlier(cfg: Config, size: int, start: int) -> dict[int, np.ndarray]:
-    """Samples that were drawn up to step `start`, before an interruption."""
-    found = {}
-    for step in range(cfg.sample_every, start + 1, cfg.sample_every) if cfg.sample_every else ():
-        if _sheet(cfg, step).is_file():
-            with contextlib.suppress(ValueError, OSError):  # a damaged sheet must not cost the trained model
-                sheet = decode(read_bounded(_sheet(cfg, step), MAX_BYTES))[0]
-                found[step] = images.ungrid(images.from_uint8(np.asarray(sheet)), size)
-    return found
-
-
-def _write(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tuned: tuning.Tuned, samples) -> None:
+def _write(
+    cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tuned: tuning.Tuned, sheets: _Sheets
+) -> None:
     """The model folder, the trained factors and the posterior's deviations where there are any, and the account of the run."""
     pipeline.save(cfg.out / "model", dataclasses.replace(base, params=tuned.params))
     if chosen.lora is not None:
@@ -230,10 +263,7 @@ def _write(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tune
         prompt=cfg.prompt,
         pictures=pictures.images,
         names=pictures.names,
-        course=Course(
-            loss=tuned.info.loss,
-            sheets=tuple(Sheet(step=step, samples=drawn) for step, drawn in sorted(samples.items())),
-        ),
+        course=sheets.course(tuned),
         notes=pictures.notes,
         command=page.command_line(sys.argv[1:]),
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},

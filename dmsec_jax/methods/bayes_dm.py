@@ -78,6 +78,9 @@ class Posterior:
     kl_scale: Literal["mean", "sum"] = "mean"
     halves: Literal["shared", "separate"] = "shared"  # theta of instance and class pictures
     weight_samples: int = 1  # theta per step, averaged over
+    generator: Literal["threefry2x32", "rbg"] = (
+        "threefry2x32"  # of the weights' noise; rbg may be faster on accelerators
+    )
 
 
 @config
@@ -162,7 +165,7 @@ def deviations(raw: Params, cfg: Posterior) -> Params:
 def perturbed(key: Key, trainable: Params, sigma: Params) -> Params:
     """mu + sigma * noise on the leaves that `sigma` holds; a leaf's noise depends on the key and on its path alone.
 
-    Nothing is stored: inside jit the noise is made where it is used. Keys of a counter-based generator such as `rbg` are fastest.
+    Nothing is stored: inside jit the noise is made where it is used. The key may be of any generator.
     """
     flat = trees.flatten(trainable)
     for path, scale in trees.flatten(sigma).items():
@@ -224,7 +227,7 @@ def step(
         return dreambooth.gradients(key, trainable, part, params, cfg, adapter=noisy, **network)
 
     def draw(total, k):
-        own = jax.random.fold_in(jax.random.fold_in(key, WEIGHTS), k)
+        own = _weight_key(key, k, cfg)
         if cfg.halves == "shared" or batch.prior is None:
             found, info = at(own, batch)
             terms = (info.instance_loss, info.prior_loss)
@@ -290,6 +293,14 @@ def advance(
         return step(jax.random.fold_in(key, i), state, batch, params, cfg, **options)
 
     return jax.lax.scan(body, state, state.tuned.step + jnp.arange(num_steps))
+
+
+def _weight_key(key: Key, k, cfg: Config) -> Key:
+    """That of the weights' noise in draw k of a step, of the generator that is configured."""
+    own = jax.random.fold_in(jax.random.fold_in(key, WEIGHTS), k)
+    if cfg.generator == "threefry2x32":
+        return own
+    return jax.random.wrap_key_data(jax.random.bits(own, (4,), "uint32"), impl=cfg.generator)
 
 
 def _update(state: State, grads: dict[str, Params], norm: Float[Array, ""], cfg: Config) -> State:

@@ -97,6 +97,17 @@ def test_noise_of_a_leaf_does_not_depend_on_the_other_leaves():
     assert (both["a"] != both["b"]).all()
 
 
+def test_noise_of_the_other_generator_is_standard_normal_too():
+    key = jax.random.key(0, impl="rbg")
+    drawn = bayes_dm.perturbed(key, {"a": jnp.ones(100_000)}, {"a": jnp.full(100_000, 2.0)})["a"]
+    assert abs(drawn.mean() - 1) < 5 * 2 / np.sqrt(1e5)
+    np.testing.assert_allclose(drawn.std(), 2, rtol=5 / np.sqrt(2e5))
+    other = dataclasses.replace(CFG, generator="rbg")
+    infos = [step(KEY, init(cfg), batch(), PARAMS, cfg)[1] for cfg in (CFG, other)]
+    assert infos[1].finite
+    assert infos[0].loss != infos[1].loss
+
+
 def integrated(mu, sigma, centre, sigma0):
     """KL(N(mu, sigma^2) || N(centre, sigma0^2)) by the trapezoid rule."""
     x = np.linspace(mu - 12 * sigma, mu + 12 * sigma, 20_001)
