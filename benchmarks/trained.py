@@ -8,15 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dmsec_jax import pipeline
-from dmsec_jax.commands import finetune
+from dmsec_jax import pipeline, tuning
 from dmsec_jax.commands.demo import PICTURES
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
-from dmsec_jax.finetune import dreambooth
 
 LORA = ("lora.rank=64", "lora.alpha=64", "lora.targets=attention+ff+conv", "tune.learning_rate=0.001")
+TUNERS = {"full": (), "lora": LORA, "oft": ("oft.blocks=4", "oft.targets=attention", "tune.learning_rate=0.001")}
+"""Tuner -> its overrides of the recipe."""
 SPLIT = {"member", "holdout"}
 
 
@@ -56,8 +56,8 @@ class Training:
         self.pictures, self.holdout = images.split(images.reorder(everything, order), n0)
         self.base, self.name, self.tuner, self.n0, self.seed, self.steps = base, Path(name).name, tuner, n0, seed, steps
         self.prompt = "an openmoji icon of an animal" if name == "openmoji" else "a picture in sks style"
-        overrides = (*(LORA if tuner == "lora" else ()), f"tune.num_steps={max(steps)}", *overrides)
-        self.recipe = finetune.read_recipe(None, overrides)
+        overrides = (*TUNERS[tuner], f"tune.num_steps={max(steps)}", *overrides)
+        self.recipe = tuning.read(None, overrides)
         odd = [count for count in steps if count % self.recipe.chunk_steps]
         require(not odd, "steps", f"multiples of {self.recipe.chunk_steps}", odd, "round them")
 
@@ -76,9 +76,9 @@ class Training:
 
         def keep(done, info, state):
             if done in self.steps:
-                kept[done] = jax.device_get(finetune.merged(self.base, self.recipe, dreambooth.averaged(state)))
+                kept[done] = jax.device_get(tuning.merged(self.base, self.recipe, tuning.mean(self.recipe, state)))
 
         prompts = [self.prompt] * len(self.pictures)
         key = jax.random.key(self.seed)
-        finetune.tune(key, self.base, self.pictures.images, prompts, self.recipe, on_chunk=keep)
+        tuning.tune(key, self.base, self.pictures.images, prompts, self.recipe, on_chunk=keep)
         return kept

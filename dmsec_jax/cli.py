@@ -9,7 +9,7 @@ VERBS = {
     "authenticate": "were these pictures used to fine-tune that model? (CGI-DM and membership tests)",
     "demo": "the whole story on the embedded model: fine-tune on ten pictures, extract them, report",
     "extract": "which training pictures does a fine-tuned model give away? (FineXtract and baselines)",
-    "finetune": "fine-tune a model on a few pictures (DreamBooth; full weights or LoRA)",
+    "finetune": "fine-tune a model on a few pictures (DreamBooth, Bayesian if you like; full weights, LoRA or OFT)",
     "protect": "change pictures slightly so that models learn less from them (AdvDM, Mist, ...), and say what it is worth",
     "pretrain": "train the embedded model from nothing",
 }

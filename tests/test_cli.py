@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dmsec_jax import cli
-from dmsec_jax.commands import demo, finetune
+from dmsec_jax import cli, tuning
+from dmsec_jax.commands import demo
 from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
@@ -94,13 +94,13 @@ def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory
 
 @pytest.mark.slow  # compiles for long
 def test_finetune_with_generated_class_pictures(tiny_folder, pictures, tmp_path, monkeypatch):
-    seen, tune = [], finetune.tune
+    seen, tune = [], tuning.tune
 
     def spied(*args, prior, **options):
         seen.append(prior)
         return tune(*args, prior=prior, **options)
 
-    monkeypatch.setattr(finetune, "tune", spied)
+    monkeypatch.setattr(tuning, "tune", spied)
     common = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--sample-every", "0"]
     prior = ["--prior-prompt", "a dog", "--prior-count", "4"]
     assert cli.main(["finetune", *common, *prior, "--out", str(tmp_path), *LAST]) == 0

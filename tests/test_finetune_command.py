@@ -5,8 +5,9 @@ import signal
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from dmsec_jax import cli
+from dmsec_jax import cli, monitoring
 from dmsec_jax.commands import finetune
 from dmsec_jax.data.images import save_png
 
@@ -48,14 +49,14 @@ def whole(tune, tmp_path):
 
 def test_interrupted_resumed_and_repeated_runs_give_the_same_account(tune, whole, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    merged = finetune.merged
+    look = monitoring.look
 
     def interrupting(*args, **options):  # while the first sheet is drawn
         signal.raise_signal(signal.SIGINT)
-        return merged(*args, **options)
+        return look(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "merged", interrupting)
+        patched.setattr(monitoring, "look", interrupting)
         assert tune(tmp_path / "cut") == 130
     signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "cut" / "result.json").exists()
@@ -66,6 +67,44 @@ def test_interrupted_resumed_and_repeated_runs_give_the_same_account(tune, whole
     sheets = sorted(path.relative_to(whole) for path in whole.rglob("*.png"))
     assert len(sheets) == 6
     assert all((tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes() for name in sheets)
+
+
+@pytest.mark.slow  # compiles for long
+def test_a_posterior_is_trained_resumed_and_exported_as_its_mean(tune, tmp_path):
+    """In one piece and in two: the same account, model and deviations; the pictures are drawn by models of the posterior."""
+    options = ["--bayes", "[conv_out/kernel]", "--sheets", "posterior"]
+    rate = ["bayes.sigma_rate=1e-3", "bayes.kl_weight=0.1"]
+    assert tune(tmp_path / "whole", *options, sets=rate) == 0
+    assert tune(tmp_path / "cut", *options, sets=rate, steps=4) == 0
+    assert tune(tmp_path / "cut", *options, sets=rate) == 0
+    assert account(tmp_path / "cut") == account(tmp_path / "whole")
+    row = account(tmp_path / "whole")["rows"][0]
+    assert (row["method"], row["case"]["bayes"], row["case"]["steps"]) == ("full", "conv_out/kernel", 6)
+    for name in ("posterior.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    sigma = load_file(tmp_path / "whole" / "posterior.safetensors")
+    assert list(sigma) == ["conv_out/kernel"]
+    assert 0 < np.abs(sigma["conv_out/kernel"] - 0.01).max() < 0.01  # learned, six steps of Adam away from the start
+    sheets = sorted((tmp_path / "whole").rglob("samples/*.png"))
+    assert len({path.read_bytes() for path in sheets}) == 3
+
+
+def test_the_monitor_ends_a_training_that_copies(tune, tmp_path, monkeypatch):
+    look = monitoring.look
+
+    def copying(watched, step, *rest):
+        return look(watched, step, *rest)._replace(copied_p=0.0 if step >= 4 else 1.0, noise_p=1.0)
+
+    monkeypatch.setattr(monitoring, "look", copying)
+    for _ in range(2):  # trained; then asked once more, when there is nothing left to do
+        assert tune(tmp_path, "--stop-at", "copying") == 0
+        details = account(tmp_path)["details"]
+        assert len(details["loss"]) == 4
+        assert [(found["step"], found["stage"]) for found in details["stages"]] == [(2, "learning"), (4, "copying")]
+        assert details["advice"] == "Samples were copying at step 4: stop at step 2, the most faithful before it."
+        assert account(tmp_path)["rows"][0]["case"]["steps"] == 4
+    assert tune(tmp_path) == 0
+    assert [found["step"] for found in account(tmp_path)["details"]["stages"]] == [2, 4, 6]
 
 
 def test_a_longer_run_goes_on_and_a_damaged_sheet_is_left_out(tune, whole):
@@ -116,6 +155,12 @@ def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
     (["--set", "lora.rank=0"], "rank must be at least 1, got 0"),
     (["--set", "lora.rank=1000"], "rank must be at most"),
     (["--set", "lora.targets=all"], "targets must be one of"),
+    (["--set", "lora.rank=1", "oft.blocks=1"], "lora, oft must be one of them at most, got both"),
+    (["--bayes", "everything"], "selection must be one of norm"),
+    (["--bayes", "lora-up"], "found in some parameter path"),
+    (["--bayes", "norm", "--set", "bayes.sigma0=-1"], "sigma0 must be at least 0 and finite, got -1"),
+    (["--stop-at", "copying", "--sample-every", "0"], "stop_at must be never without samples, got copying"),
+    (["--sheets", "posterior"], "sheets must be mean without a posterior"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_anything_is_done(
     tiny_folder, pictures, tmp_path, capsys, monkeypatch, options, message

@@ -29,6 +29,8 @@ FLOOR = {
     "authentication": 6,
     "protection": 6,
     "robustness": 6,
+    "monitoring": 6,
+    "tuning": 6,
     "cli": 8,
     "__main__": 9,
 }

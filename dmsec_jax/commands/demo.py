@@ -7,15 +7,14 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from dmsec_jax import pipeline
+from dmsec_jax import pipeline, tuning
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import authenticate, extract, finetune
+from dmsec_jax.commands import authenticate, extract
 from dmsec_jax.commands.extract import Settings
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
-from dmsec_jax.finetune import recipe
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.report import authentication as authentication_report
 from dmsec_jax.report import extraction as report
@@ -62,9 +61,9 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     extract.check(cfg.settings)
     authenticate.check(authenticate.DEFAULT, cfg.membership)
-    chosen = finetune.read_recipe(cfg.recipe, cfg.set)
+    chosen = tuning.read(cfg.recipe, cfg.set)
     base = pipeline.load(cfg.model)
-    recipe.check(chosen, base.params["unet"], base.schedule)
+    tuning.check(chosen, base.params["unet"], base.schedule)
     pictures, holdout = _pictures(cfg, base.pixels)
     prompt = cfg.prompt or ("an openmoji icon of an animal" if cfg.images is None else "a picture in sks style")
     console.print(f"Fine-tuning on {len(pictures)} pictures: {prompt!r}", markup=False)
@@ -72,7 +71,7 @@ def run(cfg: Config) -> int:
     sheets: list[Sheet] = []
     with progress_bar(chosen.tune.num_steps, chosen.tune.batch_size * chosen.tune.accumulation, console) as bar:
         seconds = {"loading": time.monotonic() - began}
-        tuned = finetune.tune(key_tune, base, pictures.images, [prompt] * len(pictures), chosen, on_chunk=bar)
+        tuned = tuning.tune(key_tune, base, pictures.images, [prompt] * len(pictures), chosen, on_chunk=bar)
     if not tuned.finished:
         console.print("Interrupted before the fine-tuning ended; nothing was written.")
         return 130
@@ -93,8 +92,7 @@ def run(cfg: Config) -> int:
         course=Course(loss=tuned.info.loss, sheets=tuple(sheets)),
     )
     name = PICTURES.name if cfg.images is None else cfg.images.name
-    tuner = "full" if chosen.lora is None else "lora"
-    case = {"set": name, "tuner": tuner, "steps": chosen.tune.num_steps}
+    case = {"set": name, "tuner": tuning.tuner_of(chosen), "steps": chosen.tune.num_steps}
     report.write(cfg.out, found, case)
     pages = [cfg.out / "report.html"]
     headline = ""

@@ -2,42 +2,39 @@
 
 import contextlib
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from dmsec_jax import pipeline
+from dmsec_jax import monitoring, pipeline, tuning
 from dmsec_jax.checkpoints import diffusers
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import read_bounded
-from dmsec_jax.core.types import Params
 from dmsec_jax.data import images
 from dmsec_jax.data.decode import MAX_BYTES, decode
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.diffusion import schedule
-from dmsec_jax.finetune import dreambooth, driver, examples, recipe
-from dmsec_jax.finetune.adapters import Adapter
+from dmsec_jax.finetune import monitor
+from dmsec_jax.finetune.monitor import Measures
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.pipeline import Pipeline
 from dmsec_jax.report import page, training
 from dmsec_jax.report.training import Training
 from dmsec_jax.report.training_data import Course, Sheet
+from dmsec_jax.tuning import TRAINABLE, Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fine-tune a diffusion model on a few pictures (DreamBooth, full weights or LoRA)."""
+    """Fine-tune a diffusion model on a few pictures (DreamBooth; full weights, LoRA or OFT; with a posterior over the weights if you like)."""
 
     images: Path
     """Folder of pictures to learn; a `name.txt` beside `name.png` is that picture's own prompt."""
@@ -50,7 +47,12 @@ class Config:
     recipe: Path | None = None
     """YAML of `configs/finetune`; default: full fine-tuning with the embedded model's settings."""
     set: tuple[str, ...] = ()
-    """Overrides of the recipe, for example tune.num_steps=400 lora.rank=16."""
+    """Overrides of the recipe, for example tune.num_steps=400 lora.rank=16 bayes.sigma0=0.02."""
+    bayes: str | None = None
+    """Train a posterior over these weights (Bayesian few-shot fine-tuning): norm, linear, linear+cross, up or up+time for full weights, lora-up,
+    or oft; default: as the recipe says, which is none by default. The model that is written is its mean."""
+    sheets: Literal["mean", "posterior"] = "mean"
+    """What sample sheets are drawn by: the mean, or one model of the posterior for each picture."""
     prior_images: Path | None = None
     """Folder of class pictures for prior preservation."""
     prior_prompt: str | None = None
@@ -60,108 +62,16 @@ class Config:
     text_encoder: bool = False
     """Train the text encoder too."""
     sample_every: int = 100
-    """Steps between sample sheets; 0 draws none."""
+    """Steps between sample sheets, each of which the monitor looks at; 0 draws none."""
+    stop_at: Literal["never", "corrupting", "copying"] = "never"
+    """End the training when the monitor finds this stage, or one beyond it."""
     seed: int = 0
-
-
-class Tuned(NamedTuple):
-    """A fine-tuned model: `params` as in a Pipeline, the `trainable` tree (averaged where an average is kept), Info and
-    seconds of all steps, the step that this call went on from."""
-
-    params: dict[str, Params]
-    trainable: Params
-    info: dreambooth.Info
-    seconds: float
-    start: int
-    finished: bool
 
 
 SAMPLES = 8
 """Pictures on a sample sheet."""
 FOLDERS = ("checkpoints", "model", "pictures", "samples")
 """What `out` holds."""
-TRAINABLE = ("unet", "text_encoder")
-
-DEFAULT_RECIPE = recipe.Recipe(
-    tune=dreambooth.Config(num_steps=600, batch_size=4, learning_rate=1e-4, ema_decay=0.99),
-    save_every=100,
-)
-
-
-def tune(
-    key,
-    base: Pipeline,
-    pictures: np.ndarray,
-    prompts: list[str],
-    chosen: recipe.Recipe,
-    *,
-    prior: tuple[np.ndarray, list[str]] | None = None,
-    text_encoder: bool = False,
-    on_chunk: Callable | None = None,
-    checkpoints: Checkpoints | None = None,
-    origin: Mapping[str, Any] | None = None,
-) -> Tuned:
-    """Fine-tunes `base` on `pictures` [N, H, W, 3] in [-1, 1] with one prompt each, or one for all.
-
-    Args:
-        prior: class pictures and their prompts, for prior preservation.
-        on_chunk: called with (steps done, Info, State) after each compiled chunk of steps.
-        checkpoints: where training state is kept; an interrupted run continues from there with the same result.
-        origin: what decides the result besides the number of steps, as JSON values; checkpoints of another are refused.
-    """
-    adapter = _adapter(chosen.lora, chosen.patterns)
-    encode_prompts = base.tokenizer.encode if text_encoder else lambda texts: pipeline.contexts(base, texts)
-    start = _trained_part(base, text_encoder)
-
-    def rows(pictures, prompts):
-        mean, logvar = pipeline.encode(base, pictures)
-        return examples.examples(mean, jnp.asarray(encode_prompts(prompts)), logvar)
-
-    data = examples.Data(rows(pictures, prompts), None if prior is None else rows(*prior))
-    options = {"text_fn": base.functions.text_fn} if text_encoder else {}
-    if checkpoints is not None:
-        options["save"], options["restore"] = driver.on_disk(checkpoints, origin)
-    outcome = driver.fit(
-        key,
-        data,
-        start,
-        chosen.tune,
-        eps_fn=base.functions.predict_fn,
-        adapter=adapter,
-        schedule=base.schedule,
-        chunk_steps=chosen.chunk_steps,
-        save_every=chosen.save_every if checkpoints else 0,
-        on_chunk=on_chunk,
-        **options,
-    )
-    trainable = dreambooth.averaged(outcome.state)
-    params = merged(base, chosen, trainable, text_encoder)
-    return Tuned(params, trainable, outcome.past.info, outcome.past.seconds, outcome.start, outcome.finished)
-
-
-def merged(
-    base: Pipeline, chosen: recipe.Recipe, trainable: Params, text_encoder: bool = False, scale=None
-) -> dict[str, Params]:
-    """Parameters of the whole model with the trainable tree merged in; `scale` as in `Adapter.merge`."""
-    part = _adapter(chosen.lora, chosen.patterns).merge(_trained_part(base, text_encoder), trainable, scale)
-    return {**base.params, **(part if text_encoder else {"unet": part})}
-
-
-def _trained_part(base: Pipeline, text_encoder: bool) -> Params:
-    return {name: base.params[name] for name in TRAINABLE} if text_encoder else base.params["unet"]
-
-
-@functools.cache
-def _adapter(lora: recipe.LoRA | None, patterns: tuple[str, ...]) -> Adapter:
-    """One adapter object per choice, so that a second training of the same kind does not compile again."""
-    return recipe.adapter_of(recipe.Recipe(lora=lora, patterns=patterns))
-
-
-def read_recipe(path: Path | None, overrides: tuple[str, ...]) -> recipe.Recipe:
-    """The recipe of a YAML file, or the default one, with `key=value` overrides."""
-    if path is not None:
-        return config.load(recipe.Recipe, path, overrides)
-    return config.override(DEFAULT_RECIPE, overrides)
 
 
 class Inputs(NamedTuple):
@@ -175,21 +85,14 @@ class Inputs(NamedTuple):
 def run(cfg: Config) -> int:
     """Trains, or goes on where an interrupted run stopped, and writes `out/model`, `out/samples`, `out/result.json`, `out/report.html`."""
     console = Console()
-    chosen = read_recipe(cfg.recipe, cfg.set)
+    chosen = tuning.read(cfg.recipe, _overrides(cfg))
     inputs = _inputs(cfg, chosen)
     for note in inputs.pictures.notes:
         console.print(f"note: {page.printable(note)}", markup=False)
     base = pipeline.load(cfg.model)
     key_prior, key_tune, key_sample = jax.random.split(jax.random.key(cfg.seed), 3)
     prior = _prior(key_prior, base, cfg, inputs.prior)
-    samples: dict[int, np.ndarray] = {}
-
-    def draw_samples(done, info, state):
-        if cfg.sample_every and done % cfg.sample_every == 0:
-            params = merged(base, chosen, dreambooth.averaged(state), cfg.text_encoder)
-            samples[done] = pipeline.sample(key_sample, base, cfg.prompt, SAMPLES, params=params)
-            images.save_png(_sheet(cfg, done), images.grid(samples[done], SAMPLES))
-
+    sheets = _Sheets(cfg, base, chosen, inputs, key_sample)
     per_step = chosen.tune.batch_size * chosen.tune.accumulation
     with (
         Checkpoints(cfg.out / "checkpoints") as checkpoints,
@@ -198,9 +101,9 @@ def run(cfg: Config) -> int:
 
         def on_chunk(done, info, state):
             bar(done, info, state)
-            draw_samples(done, info, state)
+            sheets.add(done, state)
 
-        tuned = tune(
+        tuned = tuning.tune(
             key_tune,
             base,
             inputs.pictures.images,
@@ -209,6 +112,7 @@ def run(cfg: Config) -> int:
             prior=prior,
             text_encoder=cfg.text_encoder,
             on_chunk=on_chunk,
+            enough=sheets.enough,
             checkpoints=checkpoints,
             origin=_origin(cfg, base, inputs, chosen),
         )
@@ -217,12 +121,75 @@ def run(cfg: Config) -> int:
             f"Interrupted. The same command goes on from the checkpoint in {cfg.out / 'checkpoints'}.", markup=False
         )
         return 130
-    _write(cfg, base, inputs.pictures, chosen, tuned, _earlier(cfg, base.pixels, tuned.start) | samples)
+    _write(cfg, base, inputs.pictures, chosen, tuned, sheets)
+    if sheets.measures:
+        console.print(monitor.advice(sheets.until(tuned.done)), markup=False)
     console.print(f"Model: {cfg.out / 'model'}   report: {cfg.out / 'report.html'}", markup=False)
     return 0
 
 
-def _inputs(cfg: Config, chosen: recipe.Recipe) -> Inputs:
+class _Sheets:
+    """Sample sheets and what the monitor says about them, those of an earlier, interrupted call included."""
+
+    def __init__(self, cfg: Config, base: Pipeline, chosen: Recipe, inputs: Inputs, key):
+        self.cfg, self.base, self.chosen, self.key = cfg, base, chosen, key
+        self.samples: dict[int, np.ndarray] = {}
+        self.measures: dict[int, Measures] = {}
+        if not cfg.sample_every:
+            return
+        before = pipeline.sample(key, base, cfg.prompt, SAMPLES)
+        key_watch = jax.random.fold_in(key, SAMPLES + 1)
+        self.watched = monitoring.watch(key_watch, base, inputs.pictures.images, cfg.prompt, before)
+        for step in range(cfg.sample_every, chosen.tune.num_steps + 1, cfg.sample_every):
+            with contextlib.suppress(ValueError, OSError):  # a damaged sheet must not cost the trained model
+                self.measures[step] = monitoring.read(self._path(step, "json"))
+                sheet = decode(read_bounded(self._path(step, "png"), MAX_BYTES))[0]
+                self.samples[step] = images.ungrid(images.from_uint8(np.asarray(sheet)), base.pixels)
+
+    def _path(self, step: int, kind: str) -> Path:
+        return self.cfg.out / "samples" / f"step-{step:06d}.{kind}"
+
+    def add(self, done: int, state) -> None:
+        """Draws and judges the sheet of a step that has one."""
+        cfg, base, chosen = self.cfg, self.base, self.chosen
+        if not cfg.sample_every or done % cfg.sample_every:
+            return
+        mean, sigma = tuning.mean(chosen, state), tuning.deviations(chosen, state)
+        params = tuning.merged(base, chosen, mean, cfg.text_encoder)
+        drawn = shown = pipeline.sample(self.key, base, cfg.prompt, SAMPLES, params=params)
+        if cfg.sheets == "posterior":
+            key_weights, key_noise = jax.random.split(jax.random.fold_in(self.key, SAMPLES))
+            models = tuning.drawn(key_weights, base, chosen, mean, sigma, SAMPLES, cfg.text_encoder)
+            one = lambda j, params: pipeline.sample(
+                jax.random.fold_in(key_noise, j), base, cfg.prompt, 1, params=params
+            )
+            shown = np.concatenate([one(j, params) for j, params in enumerate(models)])
+        self.samples[done] = shown
+        self.measures[done] = monitoring.look(self.watched, done, params, drawn)
+        images.save_png(self._path(done, "png"), images.grid(shown, SAMPLES))
+        monitoring.save(self._path(done, "json"), self.measures[done])
+
+    def until(self, done: int) -> list[Measures]:
+        """Measures up to a step."""
+        return [found for step, found in sorted(self.measures.items()) if step <= done]
+
+    def enough(self, done: int) -> bool:
+        """Whether the stage to stop at was reached by now."""
+        return self.cfg.stop_at != "never" and monitor.reached(self.until(done), self.cfg.stop_at) is not None
+
+    def course(self, tuned: tuning.Tuned) -> Course:
+        """All of it, for the report."""
+        shown = [(step, drawn) for step, drawn in sorted(self.samples.items()) if step <= tuned.done]
+        sheets = tuple(Sheet(step=step, samples=drawn) for step, drawn in shown)
+        return Course(loss=tuned.info.loss, sheets=sheets, measures=tuple(self.until(tuned.done)))
+
+
+def _overrides(cfg: Config) -> tuple[str, ...]:
+    """Those of `set`, after the selection that has an option of its own."""
+    return cfg.set if cfg.bayes is None else (f"bayes.selection={cfg.bayes}", *cfg.set)
+
+
+def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     """Pictures and prompts, after every check that needs no weights: nothing is written or computed for a bad option."""
     require(0 <= cfg.seed < 2**32, "seed", "in 0..2**32 - 1", cfg.seed, "choose another")
     require(cfg.sample_every >= 0, "sample_every", "at least 0", cfg.sample_every, "use 0 for no samples")
@@ -231,6 +198,10 @@ def _inputs(cfg: Config, chosen: recipe.Recipe) -> Inputs:
     )
     given = cfg.prior_images is None or cfg.prior_prompt is not None
     require(given, "prior_prompt", "given with prior_images", None, "say what the class is")
+    watched = cfg.stop_at == "never" or cfg.sample_every > 0
+    require(watched, "stop_at", "never without samples", cfg.stop_at, "give --sample-every")
+    possible = cfg.sheets == "mean" or chosen.bayes is not None
+    require(possible, "sheets", "mean without a posterior", cfg.sheets, "name a selection with --bayes")
     for place in (*reversed(cfg.out.parents), cfg.out, *(cfg.out / name for name in FOLDERS)):
         require(place.is_dir() or not place.exists(), str(place), "a folder", "a file", "choose another --out")
     model = cfg.out / "model"
@@ -241,7 +212,7 @@ def _inputs(cfg: Config, chosen: recipe.Recipe) -> Inputs:
     preset = diffusers.read_preset(cfg.model)
     shapes = {name: diffusers.shapes(name, getattr(preset, diffusers.COMPONENTS[name].field)) for name in TRAINABLE}
     noise = schedule.from_scheduler_json(preset.scheduler, f"{cfg.model}/scheduler/scheduler_config.json")
-    recipe.check(chosen, shapes if cfg.text_encoder else shapes["unet"], noise)
+    tuning.check(chosen, shapes if cfg.text_encoder else shapes["unet"], noise)
     size = preset.unet.sample_size * preset.vae.factor
     pictures = images.read_folder(cfg.images, size)
     prompts = [caption or cfg.prompt for caption in pictures.captions]
@@ -259,7 +230,7 @@ def _prior(key, base: Pipeline, cfg: Config, given: ImageSet | None) -> tuple[np
     return pictures, [cfg.prior_prompt] * len(pictures)
 
 
-def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: recipe.Recipe) -> dict[str, Any]:
+def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe) -> dict[str, Any]:
     """What decides the training state after each step; a longer run may go on from a shorter one."""
     settings = config.to_dict(chosen)
     del settings["chunk_steps"], settings["save_every"], settings["tune"]["num_steps"]
@@ -271,43 +242,28 @@ def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: recipe.Recipe) 
         "seed": cfg.seed,
         "prior": None if cfg.prior_prompt is None else {"prompt": cfg.prior_prompt, "pictures": drawn},
         "text_encoder": cfg.text_encoder,
+        "sheets": cfg.sheets,
         "recipe": settings,
     }
 
 
-def _sheet(cfg: Config, step: int) -> Path:
-    return cfg.out / "samples" / f"step-{step:06d}.png"
-
-
-def _earlier(cfg: Config, size: int, start: int) -> dict[int, np.ndarray]:
-    """Samples that were drawn up to step `start`, before an interruption."""
-    found = {}
-    for step in range(cfg.sample_every, start + 1, cfg.sample_every) if cfg.sample_every else ():
-        if _sheet(cfg, step).is_file():
-            with contextlib.suppress(ValueError, OSError):  # a damaged sheet must not cost the trained model
-                sheet = decode(read_bounded(_sheet(cfg, step), MAX_BYTES))[0]
-                found[step] = images.ungrid(images.from_uint8(np.asarray(sheet)), size)
-    return found
-
-
-def _write(cfg, base, pictures, chosen, tuned, samples) -> None:
-    """The model folder, for LoRA the trained factors alone as well, and the account of the run."""
+def _write(
+    cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tuned: tuning.Tuned, sheets: _Sheets
+) -> None:
+    """The model folder, the trained factors and the posterior's deviations where there are any, and the account of the run."""
     pipeline.save(cfg.out / "model", dataclasses.replace(base, params=tuned.params))
-    trained = f"{trees.count(tuned.trainable):,} parameters"
     if chosen.lora is not None:
-        flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(tuned.trainable).items()}
         note = {"rank": str(chosen.lora.rank), "alpha": str(chosen.lora.alpha or chosen.lora.rank)}
-        write_tensors(cfg.out / "lora.safetensors", flat, metadata=note)
+        _write_tree(cfg.out / "lora.safetensors", tuned.trainable, note)
+    if tuned.sigma is not None:
+        _write_tree(cfg.out / "posterior.safetensors", tuned.sigma, {"holds": "sigma of the trainable tree's leaves"})
     account = Training(
         base=base.folder.name,
-        tuner=f"{'full weights' if chosen.lora is None else f'LoRA of rank {chosen.lora.rank}'}, {trained}",
+        tuner=_description(chosen, tuned),
         prompt=cfg.prompt,
         pictures=pictures.images,
         names=pictures.names,
-        course=Course(
-            loss=tuned.info.loss,
-            sheets=tuple(Sheet(step=step, samples=drawn) for step, drawn in sorted(samples.items())),
-        ),
+        course=sheets.course(tuned),
         notes=pictures.notes,
         command=page.command_line(sys.argv[1:]),
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
@@ -315,7 +271,27 @@ def _write(cfg, base, pictures, chosen, tuned, samples) -> None:
         seconds={"fine-tuning": tuned.seconds},
         inputs={"base": base.sha256, **dict(zip(pictures.names, pictures.sha256, strict=True))},
     )
-    tuner = "full" if chosen.lora is None else "lora"
-    training.write(
-        cfg.out, account, tuner, {"set": cfg.images.name, "n0": len(pictures), "steps": chosen.tune.num_steps}
-    )
+    case = {"set": cfg.images.name, "n0": len(pictures), "steps": tuned.done}
+    training.write(cfg.out, account, tuning.tuner_of(chosen), case | _posterior_case(chosen))
+
+
+def _write_tree(path: Path, tree, note: dict[str, str]) -> None:
+    write_tensors(path, {name: np.asarray(leaf) for name, leaf in trees.flatten(tree).items()}, metadata=note)
+
+
+def _posterior_case(chosen: Recipe) -> dict[str, str]:
+    """What identifies a posterior among the settings of a run."""
+    if chosen.bayes is None:
+        return {}
+    selection = chosen.bayes.selection
+    return {"bayes": selection if isinstance(selection, str) else " ".join(selection)}
+
+
+def _description(chosen: Recipe, tuned: tuning.Tuned) -> str:
+    """What was trained, for people."""
+    kinds = {"full": "full weights", "lora": "LoRA", "oft": "OFT"}
+    kind = kinds[tuning.tuner_of(chosen)] + (f" of rank {chosen.lora.rank}" if chosen.lora is not None else "")
+    text = f"{kind}, {trees.count(tuned.trainable):,} parameters"
+    if tuned.sigma is not None:
+        text += f", {trees.count(tuned.sigma):,} of them with a posterior"
+    return text

@@ -22,54 +22,82 @@ from dmsec_jax.finetune.adapters import Adapter
 from dmsec_jax.finetune.dreambooth import Config, Info, State, TextFn
 from dmsec_jax.finetune.examples import Data
 
-OnChunk = Callable[[int, Info, State], None]
+OnChunk = Callable[[int, Any, Any], None]
 
 STOPPING = b"\nStopping after this chunk of steps; a second Ctrl-C ends it at once.\n"
 
-_advance = jax.jit(
-    dreambooth.run, static_argnames=("eps_fn", "adapter", "text_fn", "num_steps"), donate_argnames="state"
-)
+
+class Method(NamedTuple):
+    """What is driven: a way of training, as pure functions over a State and an Info of its own.
+
+    init: `(key, params, cfg, *, adapter) -> State`
+    run: `(key, state, data, params, cfg, *, eps_fn, adapter, schedule, text_fn, num_steps) -> (State, Info)`, `Info` with a leading axis of steps;
+        pieces give what one run gives.
+    tuned: `State -> dreambooth.State`, the part that holds the trainable tree and the step.
+    info: type of Info, a NamedTuple of floats with `loss`, `grad_norm` and a boolean `finite`.
+    """
+
+    init: Callable[..., Any]
+    run: Callable[..., tuple[Any, Any]]
+    tuned: Callable[[Any], State]
+    info: type
+
+
+DREAMBOOTH = Method(dreambooth.init, dreambooth.run, lambda state: state, Info)
+
+
+@partial(jax.jit, static_argnames=("method", "eps_fn", "adapter", "text_fn", "num_steps"), donate_argnames="state")
+def _advance(key, state, data, params, cfg, *, method, eps_fn, adapter, schedule, text_fn, num_steps):
+    network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
+    return method.run(key, state, data, params, cfg, num_steps=num_steps, **network)
 
 
 class Past(NamedTuple):
     """How training went up to a checkpoint."""
 
-    info: Info  # numpy arrays [steps]
+    info: Any  # the method's Info, numpy arrays [steps]
     seconds: float
 
 
-NO_PAST = Past(Info(*[np.zeros(0, np.float32)] * 4, np.zeros(0, np.bool_)), 0.0)
+def no_past(method: Method = DREAMBOOTH) -> Past:
+    """That of a training that has not begun."""
+    kinds = {name: np.bool_ if name == "finite" else np.float32 for name in method.info._fields}
+    return Past(method.info(**{name: np.zeros(0, kind) for name, kind in kinds.items()}), 0.0)
 
-Save = Callable[[int, State, Past], None]
-Restore = Callable[[State], tuple[State, Past] | None]
+
+Save = Callable[[int, Any, Past], None]
+Restore = Callable[[Any], tuple[Any, Past] | None]
 
 
 class Outcome(NamedTuple):
-    state: State
+    state: Any  # the method's State
     past: Past  # of all steps, those before an interruption included
     start: int  # step that this call went on from
     finished: bool  # False if a signal stopped it before `cfg.num_steps`
 
 
-def on_disk(checkpoints: Checkpoints, origin: Mapping[str, Any] | None = None) -> tuple[Save, Restore]:
+def on_disk(
+    checkpoints: Checkpoints, origin: Mapping[str, Any] | None = None, method: Method = DREAMBOOTH
+) -> tuple[Save, Restore]:
     """The `save` and `restore` of `fit` for checkpoints in a folder; close `checkpoints` afterwards.
 
     Args:
         origin: what the run is made from, as JSON values; checkpoints of another origin are refused.
+        method: that of `fit`.
     """
     origin = {"origin": dict(origin or {})}
 
-    def save(done: int, state: State, past: Past) -> None:
+    def save(done: int, state: Any, past: Past) -> None:
         history = {name: values.tolist() for name, values in past.info._asdict().items()}
         checkpoints.save(done, jax.device_get(state), {**origin, "info": history, "seconds": past.seconds})
 
-    def restore(like: State) -> tuple[State, Past] | None:
+    def restore(like: Any) -> tuple[Any, Past] | None:
         found = checkpoints.restore(like, metadata=origin)
         if found is None:
             return None
-        kinds = NO_PAST.info._asdict()
+        kinds = no_past(method).info._asdict()
         history = {name: np.array(found.metadata["info"][name], kind.dtype) for name, kind in kinds.items()}
-        return found.tree, Past(Info(**history), found.metadata["seconds"])
+        return found.tree, Past(method.info(**history), found.metadata["seconds"])
 
     return save, restore
 
@@ -84,22 +112,26 @@ def fit(
     adapter: Adapter,
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
+    method: Method = DREAMBOOTH,
     chunk_steps: int = 25,
     save_every: int = 0,
     on_chunk: OnChunk | None = None,
+    enough: Callable[[int], bool] | None = None,
     save: Save | None = None,
     restore: Restore | None = None,
 ) -> Outcome:
     """Trains to `cfg.num_steps` in total, going on from a checkpoint where `restore` finds one.
 
     A run that was stopped by a signal and resumed with the same arguments equals an uninterrupted one bit for bit. Pass
-    the same `eps_fn`, `adapter` and `text_fn` objects to train again without compiling again; a number of steps that
+    the same `eps_fn`, `adapter`, `text_fn` and `method` objects to train again without compiling again; a number of steps that
     `chunk_steps` does not divide compiles twice.
 
     Args:
+        cfg: the method's, a `dreambooth.Config` or an extension of it.
         chunk_steps: steps per dispatch; between chunks the host looks at the loss, saves, reports and stops.
         save_every: steps between checkpoints, a multiple of `chunk_steps`; 0: only at the end and when stopped.
         on_chunk: called with (steps done, Info as numpy [steps], state), whose buffers are reused: copy what you keep.
+        enough: called with the steps done, before every chunk; True ends the training there, finished.
         save: called with (steps done, state, Past); must have read the state when it returns.
         restore: called with a State of `jax.ShapeDtypeStruct`; returns a State like it, which is ours then, and the Past
             that was saved with it, or None.
@@ -110,16 +142,17 @@ def fit(
 
     Raises:
         ValueError: if the loss or gradient is not finite (that chunk is not saved), on a checkpoint of another shape or
-            beyond the end, or on what `dreambooth.init` and `dreambooth.run` refuse.
+            beyond the end, or on what the method's `init` and `run` refuse.
     """
     require_chunks(chunk_steps, save_every)
     key_init, key_run = jax.random.split(key)
     began = time.monotonic()
-    state, past = _start(key_init, params, cfg, adapter, restore)
-    start = done = saved = int(state.step)
+    enough = enough or (lambda done: False)
+    state, past = _start(key_init, params, cfg, adapter, method, restore)
+    start = done = saved = int(method.tuned(state).step)
     fixed = dataclasses.replace(cfg, num_steps=chunk_steps)  # so that the total is no part of what is compiled
     network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
-    advance = partial(_advance, key_run, data=data, params=params, cfg=fixed, **network)
+    advance = partial(_advance, key_run, data=data, params=params, cfg=fixed, method=method, **network)
     history = [past.info]
 
     def so_far() -> Past:
@@ -127,7 +160,7 @@ def fit(
         return Past(info, past.seconds + time.monotonic() - began)
 
     with _stop_requests() as stopped:
-        chunks = _chunks(advance, state, cfg.num_steps, chunk_steps, stopped)
+        chunks = _chunks(advance, state, range(start, cfg.num_steps), chunk_steps, lambda at: stopped() or enough(at))
         for done, info, state in chunks:
             _require_finite(info, done, saved if save else 0, cfg)
             history.append(info)
@@ -136,9 +169,9 @@ def fit(
                 saved = done
             if on_chunk:
                 on_chunk(done, info, state)
-        if save and saved < done:  # the signal came while reporting
+        if save and saved < done:  # the signal came while reporting, or the report was enough
             save(done, state, so_far())
-    return Outcome(state, so_far() if done > start else past, start, done == cfg.num_steps)
+    return Outcome(state, so_far() if done > start else past, start, done == cfg.num_steps or enough(done))
 
 
 def require_chunks(chunk_steps: int, save_every: int) -> None:
@@ -149,13 +182,13 @@ def require_chunks(chunk_steps: int, save_every: int) -> None:
 
 
 def _chunks(
-    advance: Callable[..., tuple[State, Info]], state: State, num_steps: int, size: int, stopped: Callable[[], bool]
-) -> Iterator[tuple[int, Info, State]]:
+    advance: Callable[..., tuple[Any, Any]], state: Any, steps: range, size: int, stopped: Callable[[int], bool]
+) -> Iterator[tuple[int, Any, Any]]:
     """(steps done, Info on the host, state) after each chunk."""
-    done = int(state.step)
-    while done < num_steps and not stopped():
+    done = steps.start
+    while done < steps.stop and not stopped(done):
         # up to the next multiple of `size`, so that a resumed run cuts where the first one would have
-        count = min(size - done % size, num_steps - done)
+        count = min(size - done % size, steps.stop - done)
         state, info = advance(state, num_steps=count)
         done += count
         while not info.loss.is_ready():  # sleeping, unlike waiting for the device, lets signals in
@@ -163,9 +196,11 @@ def _chunks(
         yield done, jax.device_get(info), state
 
 
-def _start(key: Key, params: Params, cfg: Config, adapter: Adapter, restore: Restore | None) -> tuple[State, Past]:
+def _start(
+    key: Key, params: Params, cfg: Config, adapter: Adapter, method: Method, restore: Restore | None
+) -> tuple[Any, Past]:
     if restore is not None:
-        shapes = jax.eval_shape(lambda key, params: dreambooth.init(key, params, cfg, adapter=adapter), key, params)
+        shapes = jax.eval_shape(lambda key, params: method.init(key, params, cfg, adapter=adapter), key, params)
         found = restore(shapes)
         if found is not None:
             state = found[0]
@@ -174,12 +209,13 @@ def _start(key: Key, params: Params, cfg: Config, adapter: Adapter, restore: Res
             same = kinds[0] == kinds[1]
             require(same, "checkpoint", "of the trainable tree and config in use", "another structure", cure)
             contract, cure = f"at most num_steps={cfg.num_steps} steps old", "raise num_steps or remove the checkpoint"
-            require(int(state.step) <= cfg.num_steps, "checkpoint", contract, f"step {int(state.step)}", cure)
+            step = int(method.tuned(state).step)
+            require(step <= cfg.num_steps, "checkpoint", contract, f"step {step}", cure)
             return found
-    return dreambooth.init(key, params, cfg, adapter=adapter), NO_PAST
+    return method.init(key, params, cfg, adapter=adapter), no_past(method)
 
 
-def _require_finite(info: Info, done: int, saved: int, cfg: Config) -> None:
+def _require_finite(info: Any, done: int, saved: int, cfg: Config) -> None:
     if np.all(info.finite):
         return
     first = int(np.argmin(info.finite))

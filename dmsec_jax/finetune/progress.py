@@ -3,12 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dmsec_jax.finetune.dreambooth import Info, State
 from dmsec_jax.finetune.driver import OnChunk
 
 
@@ -29,7 +29,7 @@ def progress_bar(num_steps: int, pictures_per_step: int, console: Console | None
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("fine-tuning", total=num_steps, figures="compiling")
 
-        def on_chunk(done: int, info: Info, state: State) -> None:
+        def on_chunk(done: int, info: Any, state: Any) -> None:
             nonlocal before
             now = time.monotonic()
             figures = f"loss {float(np.mean(info.loss)):.4f}"

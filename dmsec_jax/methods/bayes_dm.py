@@ -21,6 +21,7 @@ Deviations: public code, and what is here by default (the public behaviour by na
     - One theta for instance and class pictures: so does this (`halves="separate"` draws two; test_halves_can_have_weights_of_their_own).
 """
 
+import math
 import zlib
 from typing import Literal, NamedTuple
 
@@ -52,15 +53,13 @@ SELECTIONS = {
     "oft": (r"/generator$",),
 }
 """Named selections of leaves: for full fine-tuning of a UNet, then for LoRA and OFT. "norm" is the paper's best in fidelity, at no memory."""
-START, WEIGHTS = (
-    2**32 - 2,
-    2**32 - 3,
-)  # folded in for the initial state and for the weights' noise; no step counts so far
+START, WEIGHTS = 2**32 - 2, 2**32 - 3
+"""Folded in for the initial state and for the weights' noise; no step counts so far."""
 
 
 @config
-class Config:
-    """Defaults are the paper's, on top of DreamBooth's.
+class Posterior:
+    """What the method adds to DreamBooth's settings; defaults are the paper's.
 
     sigma0: deviation of prior and posterior at the start.
     sigma_min: lower bound of sigma with the direct parameterisation.
@@ -68,7 +67,6 @@ class Config:
     kl_weight: lambda; the paper takes 0, or 0.1 with the sum over weights.
     """
 
-    tune: dreambooth.Config = dreambooth.Config()
     sigma0: float = 0.01
     sigma_min: float = 1e-7
     sigma_rate: float = 5e-6
@@ -80,6 +78,14 @@ class Config:
     kl_scale: Literal["mean", "sum"] = "mean"
     halves: Literal["shared", "separate"] = "shared"  # theta of instance and class pictures
     weight_samples: int = 1  # theta per step, averaged over
+    generator: Literal["threefry2x32", "rbg"] = (
+        "threefry2x32"  # of the weights' noise; rbg may be faster on accelerators
+    )
+
+
+@config
+class Config(dreambooth.Config, Posterior):
+    """DreamBooth's settings and the posterior's, side by side."""
 
 
 class State(NamedTuple):
@@ -113,7 +119,7 @@ def init(key: Key, params: Params, cfg: Config, *, adapter: Adapter) -> State:
         ValueError: on an unknown selection, one that finds nothing, counts below 1, or what `dreambooth.init` refuses.
     """
     require(cfg.weight_samples >= 1, "weight_samples", "at least 1", cfg.weight_samples, "draw one or more")
-    tuned = dreambooth.init(key, params, cfg.tune, adapter=adapter)
+    tuned = dreambooth.init(key, params, cfg, adapter=adapter)
     chosen = selected(tuned.trainable, cfg)
     sigma0 = jnp.asarray(cfg.sigma0, jnp.float32)
     start = sigma0 if cfg.parameterisation == "direct" else sigma0 + jnp.log(-jnp.expm1(-sigma0))
@@ -121,7 +127,20 @@ def init(key: Key, params: Params, cfg: Config, *, adapter: Adapter) -> State:
     return State(tuned, raw, _adam(cfg).init(raw), jax.tree.map(jnp.copy, chosen))
 
 
-def selected(trainable: Params, cfg: Config) -> Params:
+def check(cfg: Posterior) -> None:
+    """Refuses numbers that make no posterior; `cfg` holds numbers, not tracers.
+
+    Raises:
+        ValueError: on a deviation, rate or weight that is negative or not finite, or no deviation with the softplus parameterisation.
+    """
+    require(cfg.weight_samples >= 1, "weight_samples", "at least 1", cfg.weight_samples, "draw one or more")
+    for name in ("sigma0", "sigma_min", "sigma_rate", "sigma_decay", "kl_weight"):
+        require(0 <= getattr(cfg, name) < math.inf, name, "at least 0 and finite", getattr(cfg, name), "correct it")
+    reached = cfg.parameterisation == "direct" or cfg.sigma0 > 0
+    require(reached, "sigma0", "positive with softplus", cfg.sigma0, "use the direct parameterisation for no noise")
+
+
+def selected(trainable: Params, cfg: Posterior) -> Params:
     """The leaves that have a posterior.
 
     Raises:
@@ -136,7 +155,7 @@ def selected(trainable: Params, cfg: Config) -> Params:
     return trees.unflatten({path: flat[path] for path in trees.match(flat, patterns)})
 
 
-def deviations(raw: Params, cfg: Config) -> Params:
+def deviations(raw: Params, cfg: Posterior) -> Params:
     """sigma."""
     if cfg.parameterisation == "softplus":
         return jax.tree.map(jax.nn.softplus, raw)
@@ -146,7 +165,7 @@ def deviations(raw: Params, cfg: Config) -> Params:
 def perturbed(key: Key, trainable: Params, sigma: Params) -> Params:
     """mu + sigma * noise on the leaves that `sigma` holds; a leaf's noise depends on the key and on its path alone.
 
-    Nothing is stored: inside jit the noise is made where it is used. Keys of a counter-based generator such as `rbg` are fastest.
+    Nothing is stored: inside jit the noise is made where it is used. The key may be of any generator.
     """
     flat = trees.flatten(trainable)
     for path, scale in trees.flatten(sigma).items():
@@ -165,7 +184,7 @@ def sample(key: Key, state: State, cfg: Config) -> Params:
     return perturbed(key, mean(state), deviations(state.raw, cfg))
 
 
-def divergence(mu: Params, sigma: Params, prior: Params, cfg: Config) -> Float[Array, ""]:
+def divergence(mu: Params, sigma: Params, prior: Params, cfg: Posterior) -> Float[Array, ""]:
     """KL between posterior N(mu, sigma^2) and prior N(prior, sigma0^2), in the direction and scale that are configured.
 
     mu, sigma, prior: trees of the same selected leaves.
@@ -205,17 +224,17 @@ def step(
         """Gradient of mu and raw at one draw of the weights."""
         merge = lambda base, both: adapter.merge(base, perturbed(own, both["mu"], deviations(both["raw"], cfg)))
         noisy = Adapter(adapter.init, merge)
-        return dreambooth.gradients(key, trainable, part, params, cfg.tune, adapter=noisy, **network)
+        return dreambooth.gradients(key, trainable, part, params, cfg, adapter=noisy, **network)
 
     def draw(total, k):
-        own = jax.random.fold_in(jax.random.fold_in(key, WEIGHTS), k)
+        own = _weight_key(key, k, cfg)
         if cfg.halves == "shared" or batch.prior is None:
             found, info = at(own, batch)
             terms = (info.instance_loss, info.prior_loss)
         else:
             found, info = at(own, Data(batch.instance))
             other, prior_info = at(jax.random.fold_in(own, 1), Data(batch.prior))
-            found = jax.tree.map(lambda a, b: a + cfg.tune.prior_weight * b, found, other)
+            found = jax.tree.map(lambda a, b: a + cfg.prior_weight * b, found, other)
             terms = (info.instance_loss, prior_info.instance_loss)
         return jax.tree.map(jnp.add, total, found), terms
 
@@ -233,7 +252,7 @@ def step(
     # frozen sigmas must not take part in the clipping of the others
     grads["raw"] = jax.tree.map(lambda leaf: jnp.where(cfg.sigma_rate > 0, leaf, 0.0), grads["raw"])
     norm = optax.tree.norm(grads)
-    loss = instance.mean() + cfg.tune.prior_weight * prior.mean()
+    loss = instance.mean() + cfg.prior_weight * prior.mean()
     sigma = deviations(state.raw, cfg)
     info = Info(
         loss=loss,
@@ -258,10 +277,10 @@ def run(
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
 ) -> tuple[State, Info]:
-    """All `cfg.tune.num_steps` steps as one `scan`; step i uses fold_in(key, i) and sees `dreambooth.draw(key, i, data, cfg.tune)`."""
+    """All `cfg.num_steps` steps as one `scan`; step i uses fold_in(key, i) and sees `dreambooth.draw(key, i, data, cfg)`."""
     state = init(jax.random.fold_in(key, START), params, cfg, adapter=adapter)
     options = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
-    return advance(key, state, data, params, cfg, num_steps=cfg.tune.num_steps, **options)
+    return advance(key, state, data, params, cfg, num_steps=cfg.num_steps, **options)
 
 
 def advance(
@@ -270,16 +289,24 @@ def advance(
     """`num_steps` steps on from a state: pieces give what one run gives. Options as `step`."""
 
     def body(state: State, i):
-        batch = dreambooth.draw(key, i, data, cfg.tune)
+        batch = dreambooth.draw(key, i, data, cfg)
         return step(jax.random.fold_in(key, i), state, batch, params, cfg, **options)
 
     return jax.lax.scan(body, state, state.tuned.step + jnp.arange(num_steps))
 
 
+def _weight_key(key: Key, k, cfg: Config) -> Key:
+    """That of the weights' noise in draw k of a step, of the generator that is configured."""
+    own = jax.random.fold_in(jax.random.fold_in(key, WEIGHTS), k)
+    if cfg.generator == "threefry2x32":
+        return own
+    return jax.random.wrap_key_data(jax.random.bits(own, (4,), "uint32"), impl=cfg.generator)
+
+
 def _update(state: State, grads: dict[str, Params], norm: Float[Array, ""], cfg: Config) -> State:
     """AdamW on mu, Adam on sigma; both clipped by their common norm, as the public code does."""
-    tuned = dreambooth.update(state.tuned, grads["mu"], norm, cfg.tune)
-    scale = jnp.minimum(1.0, cfg.tune.clip_norm / (norm + 1e-6))
+    tuned = dreambooth.update(state.tuned, grads["mu"], norm, cfg)
+    scale = jnp.minimum(1.0, cfg.clip_norm / (norm + 1e-6))
     clipped = jax.tree.map(lambda leaf: leaf * scale, grads["raw"])
     change, raw_opt = _adam(cfg).update(clipped, state.raw_opt, state.raw)
     raw = optax.apply_updates(state.raw, change)
@@ -289,5 +316,4 @@ def _update(state: State, grads: dict[str, Params], norm: Float[Array, ""], cfg:
 
 
 def _adam(cfg: Config) -> optax.GradientTransformation:
-    tune = cfg.tune
-    return optax.adamw(cfg.sigma_rate, tune.beta1, tune.beta2, tune.adam_epsilon, weight_decay=cfg.sigma_decay)
+    return optax.adamw(cfg.sigma_rate, cfg.beta1, cfg.beta2, cfg.adam_epsilon, weight_decay=cfg.sigma_decay)

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dmsec_jax.finetune.monitor import Measures
 from dmsec_jax.metrics.evidence import Roc
 
 INK, MUTED, LINE, MARK, NULL = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
@@ -109,6 +110,36 @@ def curve(values, first_step: int = 1) -> Markup:
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
     return finished[0]
+
+
+TRENDS = {
+    "fidelity": "fidelity",
+    "noise": "noise",
+    "diversity": "diversity",
+    "widths": "width s1",
+    "drift": "drift",
+}
+"""Fields of `Measures` that are plotted, with their labels."""
+
+
+def trends(measures: Sequence[Measures]) -> list[Markup]:
+    """One small plot over steps for each of `TRENDS`; measurements in the stages corrupting and copying are hollow and square."""
+    steps = [found.step for found in measures]
+    looks = {"learning": ("o", MARK), "corrupting": ("o", "none"), "copying": ("s", MARK)}
+    made = []
+    for name, label in TRENDS.items():
+        values = np.array([getattr(found, name) for found in measures], np.float64).reshape(len(steps), -1)
+        text = f"{label} at {len(steps)} steps, last {values[-1].mean():.3g} in the stage {measures[-1].stage}"
+        with drawing(5.6, 1.3, text, f"trend-{name}") as (axes, finished):
+            for line in values.T:
+                axes.plot(steps, line, color=NULL, linewidth=1, zorder=0)
+                for found, value in zip(measures, line, strict=True):
+                    marker, face = looks[found.stage]
+                    axes.scatter(found.step, value, s=26, marker=marker, facecolors=face, edgecolors=MARK)
+            axes.tick_params(axis="y", labelcolor=MUTED)
+            axes.set_ylabel(label)
+        made.append(finished[0])
+    return made
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

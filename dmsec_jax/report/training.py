@@ -12,6 +12,7 @@ from markupsafe import Markup
 from dmsec_jax.core.checks import image_batch, require
 from dmsec_jax.core.types import AnyArray
 from dmsec_jax.data.images import save_png
+from dmsec_jax.finetune import monitor
 from dmsec_jax.report import page as html
 from dmsec_jax.report import plots, result
 from dmsec_jax.report.result import Result, Row
@@ -63,7 +64,9 @@ def section(course: Course) -> Markup:
         if len(sheet.samples)
     ]
     curve = plots.curve(course.loss, course.first_step) if len(course.loss) else None
-    return Markup(html.render("course", course=course, curve=curve, sheets=sheets))
+    trends = plots.trends(course.measures) if len(course.measures) > 1 else []
+    advice = monitor.advice(course.measures)
+    return Markup(html.render("course", course=course, curve=curve, sheets=sheets, trends=trends, advice=advice))
 
 
 def page(training: Training, written: Result | None = None) -> str:
@@ -95,7 +98,13 @@ def result_of(training: Training, method: str, case: Mapping[str, Any], pictures
         seconds=training.seconds,
         rows=(Row(value=course.last_loss, n=1, **names),),
         pictures=dict(pictures),
-        details={"prompt": training.prompt, "first_step": course.first_step, "loss": course.loss},
+        details={
+            "prompt": training.prompt,
+            "first_step": course.first_step,
+            "loss": course.loss,
+            "stages": [found._asdict() | {"stage": found.stage} for found in course.measures],
+            "advice": monitor.advice(course.measures),
+        },
         notes=training.notes,
     )
 

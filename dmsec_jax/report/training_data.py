@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import AnyArray
+from dmsec_jax.finetune.monitor import Measures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,12 +22,13 @@ class Sheet:
 class Course:
     """Loss per step [T] (NaN where it was not finite or not kept) and samples along the way, by rising step.
 
-    `first_step` is the step that `loss[0]` belongs to, for a run that was resumed.
+    `first_step` is the step that `loss[0]` belongs to, for a run that was resumed; `measures` say where the model stood, by rising step.
     """
 
     loss: Float[AnyArray, "T"]
     sheets: tuple[Sheet, ...] = ()
     first_step: int = 1
+    measures: tuple[Measures, ...] = ()
 
     def __post_init__(self):
         steps = [sheet.step for sheet in self.sheets]

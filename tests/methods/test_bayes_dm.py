@@ -30,7 +30,7 @@ def normal(seed, *shape):
 PARAMS = {"mix": {"kernel": 0.3 * normal(0, 3, 3), "bias": jnp.zeros(3)}, "norm": {"scale": jnp.ones(3)}}
 DATA = Data(examples(normal(1, 4, 2, 2, 3), normal(2, 4, 1, 3)), examples(normal(3, 2, 2, 2, 3), normal(4, 1, 1, 3)))
 TUNE = dreambooth.Config(num_steps=3, batch_size=2, learning_rate=1e-2, sample_posterior=False)
-CFG = Config(tune=TUNE, selection=("kernel", "scale"), sigma0=0.1, sigma_rate=1e-2, kl_weight=0.1)
+CFG = Config(**vars(TUNE), selection=("kernel", "scale"), sigma0=0.1, sigma_rate=1e-2, kl_weight=0.1)
 
 
 def eps_fn(params, z_t, t, context):
@@ -45,7 +45,7 @@ init = partial(bayes_dm.init, KEY, PARAMS, adapter=NETWORK["adapter"])
 
 def protocol_case():
     one = Data(examples(normal(1, 1, 2, 2, 3), normal(2, 1, 1, 3)))  # one picture: every batch is the same
-    cfg = dataclasses.replace(CFG, tune=dataclasses.replace(TUNE, batch_size=1))
+    cfg = dataclasses.replace(CFG, batch_size=1)
     return {
         "cfg": cfg,
         "params": PARAMS,
@@ -61,7 +61,7 @@ def batch(i=0):
 
 
 def test_without_noise_it_is_dreambooth():
-    cfg = Config(tune=TUNE, selection=KERNELS, sigma0=0.0, sigma_min=0.0, sigma_rate=0.0)
+    cfg = Config(**vars(TUNE), selection=KERNELS, sigma0=0.0, sigma_min=0.0, sigma_rate=0.0)
     state, plain = init(cfg), dreambooth.init(KEY, PARAMS, TUNE, adapter=full())
     plain_step = jax.jit(partial(dreambooth.step, **NETWORK))
     for i in range(3):
@@ -95,6 +95,17 @@ def test_noise_of_a_leaf_does_not_depend_on_the_other_leaves():
     alone = bayes_dm.perturbed(KEY, mu, {"b": jnp.ones(3)})
     np.testing.assert_array_equal(both["b"], alone["b"])
     assert (both["a"] != both["b"]).all()
+
+
+def test_noise_of_the_other_generator_is_standard_normal_too():
+    key = jax.random.key(0, impl="rbg")
+    drawn = bayes_dm.perturbed(key, {"a": jnp.ones(100_000)}, {"a": jnp.full(100_000, 2.0)})["a"]
+    assert abs(drawn.mean() - 1) < 5 * 2 / np.sqrt(1e5)
+    np.testing.assert_allclose(drawn.std(), 2, rtol=5 / np.sqrt(2e5))
+    other = dataclasses.replace(CFG, generator="rbg")
+    infos = [step(KEY, init(cfg), batch(), PARAMS, cfg)[1] for cfg in (CFG, other)]
+    assert infos[1].finite
+    assert infos[0].loss != infos[1].loss
 
 
 def integrated(mu, sigma, centre, sigma0):

@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dmsec_jax.report import result, training
+from dmsec_jax.finetune.monitor import Measures
+from dmsec_jax.report import plots, result, training
 from dmsec_jax.report.training import Course, Sheet, Training
 
 
@@ -59,6 +60,21 @@ def test_files(run, tmp_path):
     assert found.details["loss"][-1] is None
     assert any("details.loss[19] was nan" in note for note in found.notes)
     assert (tmp_path / "report.html").is_file()
+
+
+def test_stages_are_plotted_and_written_with_their_advice(made, run, tmp_path):
+    empty = Measures(10, (0.5, 0.4), 0.2, 0.0, 1.0, 0.1, 1.0, 0.6, 0.01)
+    measures = (empty, empty._replace(step=1200, noise_p=0.001))
+    stages = dataclasses.replace(run, course=dataclasses.replace(run.course, measures=measures))
+    seen = made.seen(training.page(stages))
+    assert len(seen.all("svg")) == 1 + len(plots.TRENDS)
+    advice = "Samples were corrupting at step 1,200: stop at step 10, the most faithful before it."
+    assert advice in seen.words
+    training.write(tmp_path, stages, "full", {})
+    details = result.read(tmp_path / "result.json").details
+    assert [found["stage"] for found in details["stages"]] == ["learning", "corrupting"]
+    assert details["stages"][0]["widths"] == [0.5, 0.4]
+    assert details["advice"] == advice
 
 
 def test_a_run_without_steps_has_a_page(run):
