@@ -5,11 +5,15 @@ same program on every device. Results do not depend on the number of devices, be
 
     mesh = parallel.make_mesh("data=4,fsdp=2")
     known, index = parallel.shard_rows((known, index), mesh)
-    params = parallel.replicate(params, mesh)                # or: jax.device_put(params, parallel.plan(params, mesh))
+    params = parallel.replicate(params, mesh)
     state, info = jax.jit(cgi_dm.run, static_argnames=...)(key, known, ...)
 
-Axes: `data` spreads rows; `fsdp` spreads rows and, of large weights, the output channels too (`plan`), which are gathered where they are used
-(`gather`), as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020.
+    state = jax.device_put(state, parallel.plan(state, mesh))
+    with jax.set_mesh(mesh):                                 # training draws its rows inside the step: `core.spread`
+        state, info = jax.jit(dreambooth.run, static_argnames=...)(key, state, data, ...)
+
+Axes: `data` spreads rows; `fsdp` spreads rows and, of large weights, the output channels too (`plan`), which are gathered where they are used,
+as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020.
 """
 
 import itertools
@@ -137,9 +141,9 @@ def to_host(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def plan(params: Params, mesh: Mesh) -> Params:
-    """Where each weight lies: a kernel or table of `SMALL` entries or more is cut along its last axis (output channels of [in, out] and
-    HWIO) over `fsdp`, or along the one before it if only that one divides; everything else is replicated.
+def plan(tree: Any, mesh: Mesh) -> Any:
+    """Where each weight of a parameter tree, or of a training state, lies: a kernel or table of `SMALL` entries or more is cut along its last
+    axis (output channels of [in, out] and HWIO) over `fsdp`, or along the one before it if only that one divides; all else is replicated.
 
     Output channels, not the largest axis: a weight cut along an axis that is summed over would turn its gradient's sum into an exchange of
     activations.
@@ -154,16 +158,10 @@ def plan(params: Params, mesh: Mesh) -> Params:
         names[cut[0]] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    return jax.tree.map(spec, params)
+    return jax.tree.map(spec, tree)
 
 
-def gather(params: Params, mesh: Mesh) -> Params:
-    """Inside `jit`: the whole weights on every device, for the forward pass. Differentiating through it scatters the summed gradients back
-    to where `plan` keeps the weights."""
-    return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda _: replicated(mesh), params))
-
-
-def bytes_per_device(params: Params, shardings: Params) -> int:
+def bytes_per_device(params: Params, shardings: Any) -> int:
     """Memory that a tree takes on one device under a plan."""
     sizes = jax.tree.map(
         lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize, params, shardings

@@ -1,5 +1,6 @@
 """Meshes of eight virtual devices, `pmap`, and two processes give what one device gives."""
 
+import dataclasses
 import re
 import socket
 import subprocess
@@ -15,10 +16,13 @@ import toy
 from jax.sharding import PartitionSpec
 
 from dmsec_jax import parallel
-from dmsec_jax.core import trees
+from dmsec_jax.core import spread, trees
 from dmsec_jax.diffusion import draws
 from dmsec_jax.diffusion.schedule import ScheduleConfig
-from dmsec_jax.methods import cgi_dm, finextract, membership
+from dmsec_jax.finetune import dreambooth
+from dmsec_jax.finetune.adapters import full
+from dmsec_jax.finetune.examples import Data, examples
+from dmsec_jax.methods import bayes_dm, cgi_dm, finextract, membership
 from dmsec_jax.models import presets, unet
 
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -89,6 +93,68 @@ def test_pmap_gives_what_one_device_gives(run, alone):
     assert_same(parallel.joined(found), alone[run])
 
 
+WIDE = 256  # a kernel of parallel.SMALL entries
+TUNED = {"net": {"kernel": 0.05 * jax.random.normal(KEY, (WIDE, WIDE)), "bias": jnp.zeros(WIDE)}}
+DATA = Data(examples(jax.random.normal(jax.random.key(1), (8, 2, 2, WIDE)), jnp.zeros((8, 1, 1))))
+CFG = dreambooth.Config(num_steps=3, batch_size=8, accumulation=2, learning_rate=1e-2, sample_posterior=False)
+CFG = dataclasses.replace(CFG, adam_epsilon=1e-3)  # or Adam makes whole steps of gradients that are rounding errors
+BAYES = bayes_dm.Config(**vars(CFG), selection=("kernel$",), sigma_rate=1e-3, sigma0=0.1, kl_weight=0.1)
+NETWORK = {
+    "eps_fn": lambda params, z_t, t, context: jnp.tanh(z_t @ params["net"]["kernel"] + params["net"]["bias"]),
+    "adapter": full(),
+    "schedule": SCHEDULE,
+}
+
+
+def tune_plain(key, state, data, params, axis_name=None):
+    return dreambooth.run(key, state, data, params, CFG, axis_name=axis_name, **NETWORK)
+
+
+def tune_bayes(key, state, data, params, axis_name=None):
+    return bayes_dm.advance(key, state, data, params, BAYES, num_steps=3, axis_name=axis_name, **NETWORK)
+
+
+each_training = pytest.mark.parametrize(
+    ("tune", "init", "cfg"), [(tune_plain, dreambooth.init, CFG), (tune_bayes, bayes_dm.init, BAYES)]
+)
+
+
+@each_training
+def test_training_on_a_mesh_or_under_pmap_is_training_on_one_device(tune, init, cfg):
+    state = init(KEY, TUNED, cfg, adapter=full())
+    alone = jax.device_get(jax.jit(tune)(KEY, state, DATA, TUNED))
+    mesh = parallel.make_mesh("data=2,fsdp=4")
+    shardings = parallel.plan((state, TUNED), mesh)
+    cut, params = jax.device_put((state, TUNED), shardings)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(tune, out_shardings=(shardings[0], None))
+        compiled = jitted.lower(KEY, cut, parallel.replicate(DATA, mesh), params).compile()
+    text = compiled.as_text()
+    assert set(COLLECTIVES.findall(text)) <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert "all-reduce" in text or "reduce-scatter" in text, "gradients are summed over devices"
+    found, info = compiled(KEY, cut, parallel.replicate(DATA, mesh), params)
+    kernels = [leaf for leaf in jax.tree.leaves(found) if leaf.shape == (WIDE, WIDE)]
+    assert len(kernels) >= 3, "weights and both moments"
+    assert all(leaf.sharding.shard_shape(leaf.shape) == (WIDE, WIDE // 4) for leaf in kernels)
+    assert_same(parallel.to_host((found, info)), alone)
+
+    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), state)
+    twin = jax.pmap(partial(tune, axis_name="rows"), axis_name="rows", in_axes=(None, 0, None, None))
+    for_each = jax.device_get(twin(KEY, copies, DATA, TUNED))
+    for device in (0, 7):
+        assert_same(jax.tree.map(lambda leaf: leaf[device], for_each), alone)  # noqa: B023
+
+
+def test_rows_that_devices_cannot_share_are_refused():
+    odd = dataclasses.replace(CFG, batch_size=6)
+    state = dreambooth.init(KEY, TUNED, odd, adapter=full())
+    with (
+        jax.set_mesh(parallel.make_mesh()),
+        pytest.raises(ValueError, match="batch must be a multiple of 8, the devices"),
+    ):
+        jax.jit(partial(dreambooth.run, cfg=odd, **NETWORK))(KEY, state, DATA, TUNED)
+
+
 def test_weights_are_cut_as_planned_and_gathered_where_they_are_used():
     mesh = parallel.make_mesh("data=2,fsdp=4")
     params = {"dense": {"kernel": jnp.ones((256, 512)), "bias": jnp.ones(512)}, "odd": {"kernel": jnp.ones((300, 301))}}
@@ -104,10 +170,11 @@ def test_weights_are_cut_as_planned_and_gathered_where_they_are_used():
     x = parallel.shard_rows(np.ones((16, 256), np.float32), mesh)
 
     def loss(params, x):
-        whole = parallel.gather(params, mesh)
+        whole = spread.whole(params)
         return jnp.square(x @ whole["dense"]["kernel"] + whole["dense"]["bias"]).mean()
 
-    step = jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, x).compile()
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, x).compile()
     assert set(COLLECTIVES.findall(step.as_text())) <= {"all-gather", "all-reduce", "reduce-scatter"}
     found, expected = step(params, x), jax.grad(loss)(params, x)
     assert_same(parallel.to_host(found), jax.device_get(expected))

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import Context, EpsFn, Key, Latent, Params, PerExample
@@ -202,13 +203,16 @@ def step(
     adapter: Adapter,
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
+    axis_name: str | None = None,
 ) -> tuple[State, Info]:
     """One optimiser step on `batch` (as from `draw`, or a caller's own of `batch_size * accumulation` rows).
+
+    On several devices each takes its share of every microbatch: under `jax.set_mesh`, or under `jax.pmap` with `axis_name`.
 
     Raises:
         ValueError: as `gradients`.
     """
-    network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
+    network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
     grads, info = gradients(key, state.trainable, batch, params, cfg, **network)
     return update(state, grads, info.grad_norm, cfg), info
 
@@ -224,6 +228,7 @@ def gradients(
     adapter: Adapter,
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Params, Info]:
     """Gradient of the loss (Eq. 2), a tree like `trainable`, averaged over `accumulation` microbatches, which changes nothing but memory.
 
@@ -240,17 +245,20 @@ def gradients(
     parts = [(example_keys(own, jnp.arange(size)), rows) for own, rows in zip(key_sets, sets, strict=True)]
 
     def objective(trainable: Params, parts: list[tuple[Key, Examples]]) -> tuple[Float[Array, ""], Float[Array, "set"]]:
-        rows_keys, rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)  # one pass for both sets
-        per_example = losses(rows_keys, rows, adapter.merge(params, trainable), cfg, **network)
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)  # one pass for both sets
+        rows_keys, rows = spread.rows(joined)
+        per_example = losses(rows_keys, rows, spread.whole(adapter.merge(params, trainable)), cfg, **network)
         means = per_example.reshape(len(parts), -1).mean(1)
         return means[0] + cfg.prior_weight * means[1:].sum(), means  # (Eq. 2)
 
     def accumulate(total: Params, parts: list[tuple[Key, Examples]]):
-        (loss, means), grads = jax.value_and_grad(objective, has_aux=True)(trainable, parts)
+        own = spread.own_rows(parts, axis_name)
+        (loss, means), grads = jax.value_and_grad(objective, has_aux=True)(trainable, own)
         return jax.tree.map(jnp.add, total, grads), (loss, means)
 
     micro = jax.tree.map(lambda leaf: leaf.reshape(cfg.accumulation, -1, *leaf.shape[1:]), parts)
-    total, terms = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trainable), micro)
+    scanned = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trainable), micro)
+    total, terms = spread.mean(scanned, axis_name)
     loss, means = jax.tree.map(lambda term: term.mean(0), terms)
     grads = jax.tree.map(lambda leaf: leaf / cfg.accumulation, total)
     norm = optax.tree.norm(grads)
@@ -292,6 +300,7 @@ def run(
     adapter: Adapter,
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
+    axis_name: str | None = None,
     num_steps: int | None = None,
 ) -> tuple[State, Info]:
     """`num_steps` (None: `cfg.num_steps`) steps on from `state`; `Info` gains a leading axis of steps.
@@ -301,7 +310,7 @@ def run(
 
         advance = jax.jit(run, static_argnames=("eps_fn", "adapter", "text_fn", "num_steps"), donate_argnames="state")
     """
-    network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
+    network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
 
     def body(state: State, i: Int[Array, ""]) -> tuple[State, Info]:
         return step(jax.random.fold_in(key, i), state, draw(key, i, data, cfg), params, cfg, **network)

@@ -211,13 +211,15 @@ def step(
     adapter: Adapter,
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
+    axis_name: str | None = None,
 ) -> tuple[State, Info]:
-    """One optimiser step on `batch`, with pictures corrupted as `dreambooth.step` does with the same key.
+    """One optimiser step on `batch`, with pictures corrupted as `dreambooth.step` does with the same key, and shared among devices
+    likewise: all of them draw the same weights.
 
     Raises:
         ValueError: on what `dreambooth.gradients` refuses.
     """
-    network = {"eps_fn": eps_fn, "schedule": schedule, "text_fn": text_fn}
+    network = {"eps_fn": eps_fn, "schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
     trainable = {"mu": state.tuned.trainable, "raw": state.raw}
 
     def at(own: Key, part: Data):
@@ -276,10 +278,11 @@ def run(
     adapter: Adapter,
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
+    axis_name: str | None = None,
 ) -> tuple[State, Info]:
     """All `cfg.num_steps` steps as one `scan`; step i uses fold_in(key, i) and sees `dreambooth.draw(key, i, data, cfg)`."""
     state = init(jax.random.fold_in(key, START), params, cfg, adapter=adapter)
-    options = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
+    options = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
     return advance(key, state, data, params, cfg, num_steps=cfg.num_steps, **options)
 
 
