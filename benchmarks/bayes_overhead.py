@@ -16,8 +16,6 @@ from dmsec_jax.core import config
 from dmsec_jax.finetune import examples
 from dmsec_jax.report.result import Row
 
-GENERATORS = ("threefry2x32", "rbg")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -25,6 +23,7 @@ class Config:
 
     tuner: str = "full"
     selections: tuple[str, ...] = ("norm", "linear")
+    generators: tuple[str, ...] = ("threefry2x32", "rbg")
     batch_size: int = 4
     rounds: int = 30
     """Each variant is timed once a round, in an order that is shuffled anew, so that a machine's moods hit all alike."""
@@ -40,7 +39,7 @@ def main(cfg: Config) -> None:
     base = pipeline.load()
     variants = {"plain": ()} | {
         f"bayes-{name}/{generator}": (f"bayes.selection={name}", f"bayes.generator={generator}")
-        for name, generator in itertools.product(cfg.selections, GENERATORS)
+        for name, generator in itertools.product(cfg.selections, cfg.generators)
     }
     console = Console(stderr=True)
     programs = {}
