@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 import tyro
+from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.trained import Training
@@ -15,8 +16,6 @@ from dmsec_jax.core import config
 from dmsec_jax.finetune import examples
 from dmsec_jax.report.result import Row
 
-GENERATORS = ("threefry2x32", "rbg")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -24,6 +23,7 @@ class Config:
 
     tuner: str = "full"
     selections: tuple[str, ...] = ("norm", "linear")
+    generators: tuple[str, ...] = ("threefry2x32", "rbg")
     batch_size: int = 4
     rounds: int = 30
     """Each variant is timed once a round, in an order that is shuffled anew, so that a machine's moods hit all alike."""
@@ -39,9 +39,13 @@ def main(cfg: Config) -> None:
     base = pipeline.load()
     variants = {"plain": ()} | {
         f"bayes-{name}/{generator}": (f"bayes.selection={name}", f"bayes.generator={generator}")
-        for name, generator in itertools.product(cfg.selections, GENERATORS)
+        for name, generator in itertools.product(cfg.selections, cfg.generators)
     }
-    programs = {name: _program(cfg, base, own) for name, own in variants.items()}
+    console = Console(stderr=True)
+    programs = {}
+    for name, own in variants.items():
+        programs[name] = _program(cfg, base, own)
+        console.print(f"{name} compiled: {time.monotonic() - began:.0f} s", highlight=False)
     clocks = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
     taken = {name: {clock: [] for clock in clocks} for name in programs}
     rng = np.random.default_rng(0)
@@ -51,6 +55,7 @@ def main(cfg: Config) -> None:
             programs[name][0]()
             for clock, read in clocks.items():
                 taken[name][clock].append((read() - before[clock]) / cfg.steps)
+        console.print(f"a round done: {time.monotonic() - began:.0f} s", highlight=False)
     rows = _rows(cfg, {name: {c: np.array(v[1:]) for c, v in kinds.items()} for name, kinds in taken.items()})
     plain = programs["plain"][1]
     for name, (_, memory) in programs.items():

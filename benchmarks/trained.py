@@ -80,5 +80,7 @@ class Training:
 
         prompts = [self.prompt] * len(self.pictures)
         key = jax.random.key(self.seed)
-        tuning.tune(key, self.base, self.pictures.images, prompts, self.recipe, on_chunk=keep)
+        tuned = tuning.tune(key, self.base, self.pictures.images, prompts, self.recipe, on_chunk=keep)
+        if not tuned.finished:  # some models are missing, so nothing may be concluded
+            raise KeyboardInterrupt
         return kept

@@ -60,6 +60,7 @@ def test_interrupted_resumed_and_repeated_runs_give_the_same_account(tune, whole
         assert tune(tmp_path / "cut") == 130
     signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "cut" / "result.json").exists()
+    assert "after 2 steps" in (tmp_path / "cut" / "report.html").read_text()
     for _ in range(2):  # the rest; then a finished run once more
         assert tune(tmp_path / "cut") == 0
         assert account(tmp_path / "cut") == account(whole)

@@ -18,12 +18,13 @@ def nano():
     return jax.eval_shape(lambda: unet.init(jax.random.key(0), presets.NANO.unet))
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("name", ["full", "lora", "oft", "bayes"])
 def test_shipped_recipes_fit_the_embedded_model(nano, name):
     recipe = load(Recipe, CONFIGS / f"{name}.yaml")
+    check(recipe, nano, ScheduleConfig())
     trained = count(adapter_of(recipe), nano)
     everything = sum(leaf.size for leaf in flatten(nano).values())
-    assert (trained == everything) == (name == "full")
+    assert (trained == everything) == (name in ("full", "bayes"))
     assert 0 < trained <= everything
     assert recipe.save_every % recipe.chunk_steps == 0
     assert recipe.tune.num_steps % recipe.chunk_steps == 0  # compiles once

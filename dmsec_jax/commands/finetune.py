@@ -17,6 +17,7 @@ from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import read_bounded
+from dmsec_jax.core.types import Params
 from dmsec_jax.data import images
 from dmsec_jax.data.decode import MAX_BYTES, decode
 from dmsec_jax.data.images import ImageSet
@@ -93,6 +94,7 @@ def run(cfg: Config) -> int:
     key_prior, key_tune, key_sample = jax.random.split(jax.random.key(cfg.seed), 3)
     prior = _prior(key_prior, base, cfg, inputs.prior)
     sheets = _Sheets(cfg, base, chosen, inputs, key_sample)
+    losses: list[np.ndarray] = []
     per_step = chosen.tune.batch_size * chosen.tune.accumulation
     with (
         Checkpoints(cfg.out / "checkpoints") as checkpoints,
@@ -101,7 +103,13 @@ def run(cfg: Config) -> int:
 
         def on_chunk(done, info, state):
             bar(done, info, state)
-            sheets.add(done, state)
+            losses.append(info.loss)
+            if cfg.sample_every and done % cfg.sample_every == 0:
+                sheets.add(done, state)
+                so_far = sheets.course(np.concatenate(losses), done)
+                about = _description(chosen, tuning.mean(chosen, state), tuning.deviations(chosen, state))
+                live = _account(cfg, base, inputs.pictures, chosen, about, so_far, {})
+                page.write(cfg.out / "report.html", training.page(live))
 
         tuned = tuning.tune(
             key_tune,
@@ -150,10 +158,8 @@ class _Sheets:
         return self.cfg.out / "samples" / f"step-{step:06d}.{kind}"
 
     def add(self, done: int, state) -> None:
-        """Draws and judges the sheet of a step that has one."""
+        """Draws and judges the sheet of a step."""
         cfg, base, chosen = self.cfg, self.base, self.chosen
-        if not cfg.sample_every or done % cfg.sample_every:
-            return
         mean, sigma = tuning.mean(chosen, state), tuning.deviations(chosen, state)
         params = tuning.merged(base, chosen, mean, cfg.text_encoder)
         drawn = shown = pipeline.sample(self.key, base, cfg.prompt, SAMPLES, params=params)
@@ -177,11 +183,11 @@ class _Sheets:
         """Whether the stage to stop at was reached by now."""
         return self.cfg.stop_at != "never" and monitor.reached(self.until(done), self.cfg.stop_at) is not None
 
-    def course(self, tuned: tuning.Tuned) -> Course:
-        """All of it, for the report."""
-        shown = [(step, drawn) for step, drawn in sorted(self.samples.items()) if step <= tuned.done]
+    def course(self, loss: np.ndarray, done: int) -> Course:
+        """What is known after `done` steps, for the report; `loss` is that of the last of them."""
+        shown = [(step, drawn) for step, drawn in sorted(self.samples.items()) if step <= done]
         sheets = tuple(Sheet(step=step, samples=drawn) for step, drawn in shown)
-        return Course(loss=tuned.info.loss, sheets=sheets, measures=tuple(self.until(tuned.done)))
+        return Course(loss=loss, sheets=sheets, first_step=done - len(loss) + 1, measures=tuple(self.until(done)))
 
 
 def _overrides(cfg: Config) -> tuple[str, ...]:
@@ -257,22 +263,29 @@ def _write(
         _write_tree(cfg.out / "lora.safetensors", tuned.trainable, note)
     if tuned.sigma is not None:
         _write_tree(cfg.out / "posterior.safetensors", tuned.sigma, {"holds": "sigma of the trainable tree's leaves"})
-    account = Training(
+    about = _description(chosen, tuned.trainable, tuned.sigma)
+    course = sheets.course(tuned.info.loss, tuned.done)
+    account = _account(cfg, base, pictures, chosen, about, course, {"fine-tuning": tuned.seconds})
+    case = {"set": cfg.images.name, "n0": len(pictures), "steps": tuned.done}
+    training.write(cfg.out, account, tuning.tuner_of(chosen), case | _posterior_case(chosen))
+
+
+def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tuner: str, course: Course, seconds):
+    """The run for its report."""
+    return Training(
         base=base.folder.name,
-        tuner=_description(chosen, tuned),
+        tuner=tuner,
         prompt=cfg.prompt,
         pictures=pictures.images,
         names=pictures.names,
-        course=sheets.course(tuned),
+        course=course,
         notes=pictures.notes,
         command=page.command_line(sys.argv[1:]),
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
         seeds={"seed": cfg.seed},
-        seconds={"fine-tuning": tuned.seconds},
+        seconds=seconds,
         inputs={"base": base.sha256, **dict(zip(pictures.names, pictures.sha256, strict=True))},
     )
-    case = {"set": cfg.images.name, "n0": len(pictures), "steps": tuned.done}
-    training.write(cfg.out, account, tuning.tuner_of(chosen), case | _posterior_case(chosen))
 
 
 def _write_tree(path: Path, tree, note: dict[str, str]) -> None:
@@ -287,11 +300,9 @@ def _posterior_case(chosen: Recipe) -> dict[str, str]:
     return {"bayes": selection if isinstance(selection, str) else " ".join(selection)}
 
 
-def _description(chosen: Recipe, tuned: tuning.Tuned) -> str:
-    """What was trained, for people."""
+def _description(chosen: Recipe, trainable: Params, sigma: Params | None) -> str:
+    """What is trained, for people."""
     kinds = {"full": "full weights", "lora": "LoRA", "oft": "OFT"}
     kind = kinds[tuning.tuner_of(chosen)] + (f" of rank {chosen.lora.rank}" if chosen.lora is not None else "")
-    text = f"{kind}, {trees.count(tuned.trainable):,} parameters"
-    if tuned.sigma is not None:
-        text += f", {trees.count(tuned.sigma):,} of them with a posterior"
-    return text
+    text = f"{kind}, {trees.count(trainable):,} parameters"
+    return text if sigma is None else f"{text}, {trees.count(sigma):,} of them with a posterior"

@@ -63,7 +63,10 @@ class Config:
     t_max: int | None = None  # t is uniform in [t_min, t_max); None: the whole schedule
     sample_posterior: bool = True  # draw latents from the autoencoder's posterior at every step; False: use its mean
     horizontal_flip: bool = False  # flips latents, which is not quite encoding the flipped picture: or cache both
-    ema_decay: float | None = None  # None: no average is kept
+    ema_decay: float | None = None  # None: no such average is kept
+    swa_start: int | None = (
+        None  # equal weight for every step from this one on (Izmailov et al. 2018), instead of ema_decay
+    )
 
 
 class State(NamedTuple):
@@ -89,7 +92,8 @@ def init(key: Key, params: Params, cfg: Config, *, adapter: Adapter) -> State:
     """
     _check_static(cfg)
     trainable = adapter.init(key, params)
-    ema = None if cfg.ema_decay is None else jax.tree.map(jnp.copy, trainable)
+    averaging = cfg.ema_decay is not None or cfg.swa_start is not None
+    ema = jax.tree.map(jnp.copy, trainable) if averaging else None
     return State(trainable, _optimizer(cfg, cfg.learning_rate).init(trainable), ema, jnp.zeros((), jnp.int32))
 
 
@@ -274,7 +278,7 @@ def gradients(
 def update(state: State, grads: Params, norm: Float[Array, ""], cfg: Config) -> State:
     """Clips by the global `norm` as `torch.nn.utils.clip_grad_norm_` does, then AdamW, then the average.
 
-    The average's decay warms up, `min(ema_decay, (1 + i) / (10 + i))` at step i, so that early weights do not linger.
+    The moving average's decay warms up, `min(ema_decay, (1 + i) / (10 + i))` at step i, so that early weights do not linger.
     """
     scale = jnp.minimum(1.0, cfg.clip_norm / (norm + 1e-6))
     warmup = jnp.minimum(1.0, (state.step + 1) / max(cfg.warmup_steps, 1))
@@ -284,7 +288,7 @@ def update(state: State, grads: Params, norm: Float[Array, ""], cfg: Config) -> 
     trainable = optax.apply_updates(state.trainable, change)
     ema = None
     if state.ema is not None:
-        decay = jnp.minimum(cfg.ema_decay, (1 + state.step) / (10 + state.step))
+        decay = _decay(state.step, cfg)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, trainable)
     return State(trainable, opt_state, ema, state.step + 1)
 
@@ -323,6 +327,17 @@ def _check_static(cfg: Config) -> None:
         require(getattr(cfg, name) >= 1, name, "at least 1", getattr(cfg, name), "use 1 or more")
     decay = cfg.ema_decay
     require(decay is None or 0 < decay < 1, "ema_decay", "in (0, 1)", decay, "use null for no average")
+    require(cfg.swa_start is None or cfg.swa_start >= 0, "swa_start", "at least 0", cfg.swa_start, "name a step")
+    both = decay is not None and cfg.swa_start is not None
+    require(not both, "ema_decay, swa_start", "one of them at most", "both", "set ema_decay to null")
+
+
+def _decay(step: Int[Array, ""], cfg: Config) -> Float[Array, ""]:
+    """Share of the old average that is kept at a step."""
+    if cfg.swa_start is not None:
+        count = jnp.maximum(step - cfg.swa_start, 0)  # steps that are averaged already; until then the last one counts
+        return count / (count + 1)
+    return jnp.minimum(cfg.ema_decay, (1 + step) / (10 + step))
 
 
 def _optimizer(cfg: Config, learning_rate: Float[Array, ""] | float) -> optax.GradientTransformation:

@@ -144,6 +144,17 @@ def test_steps_follow_adamw_clipping_warm_up_and_average(flat, fields):
     assert (state.ema is None) == (cfg.ema_decay is None)
 
 
+def test_weights_from_a_step_on_are_averaged_equally():
+    cfg = dataclasses.replace(FLAT, swa_start=2)
+    state, seen = init({"level": jnp.zeros(1)}, cfg, adapter=full()), []
+    for i in range(5):
+        state = dreambooth.update(state, {"level": jnp.array([1.0 + i])}, jnp.float32(1 + i), cfg)
+        seen.append(state.trainable["level"])
+        if i < 3:
+            np.testing.assert_array_equal(averaged(state)["level"], seen[-1])
+    np.testing.assert_allclose(averaged(state)["level"], np.mean(seen[2:], axis=0), rtol=1e-6)
+
+
 def test_class_pictures_add_their_weighted_loss(flat):
     data = Data(flat.pictures([3.0] * 3), flat.pictures([-1.0] * 3))
     cfg = dataclasses.replace(FLAT, prior_weight=2.0)
@@ -166,7 +177,17 @@ def test_non_finite_loss_is_flagged(flat):
     assert np.isnan(info.loss[first])
 
 
-@pytest.mark.parametrize("fields", [{"batch_size": 0}, {"accumulation": 0}, {"num_steps": 0}, {"ema_decay": 1.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch_size": 0},
+        {"accumulation": 0},
+        {"num_steps": 0},
+        {"ema_decay": 1.0},
+        {"swa_start": -1},
+        {"swa_start": 1, "ema_decay": 0.5},
+    ],
+)
 def test_mistakes_in_the_config_are_named(flat, fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
         init(flat.params, dataclasses.replace(FLAT, **fields), adapter=full())
