@@ -7,12 +7,12 @@ model.edge_probabilities_    model.pag_    model.coef_
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int8
+from jaxtyping import Array, Float, Int8
 from scipy import stats
 from sklearn.base import BaseEstimator
 
@@ -21,10 +21,11 @@ from dmsec_jax.causal.background import Background
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.types import Key
+from dmsec_jax.core.types import AnyArray, Key, Params
 from dmsec_jax.data import tables
 from dmsec_jax.data.tables import Table
 from dmsec_jax.methods import spot
+from dmsec_jax.models.skeleton_net import SkeletonConfig
 
 SHIPPED = Path(__file__).parent / "assets" / "skeleton"
 """The posterior that is used by default."""
@@ -91,7 +92,7 @@ class SPOT(BaseEstimator):
         self.posterior = posterior
         self.seed = seed
 
-    def fit(self, X: Any, y: None = None, *, on_step: OnStep | None = None) -> Self:
+    def fit(self, X: Any, y: None = None, *, on_step: OnStep | None = None) -> "SPOT":
         """Learns from a data frame, an array [N, V] or a `Table`.
 
         Args:
@@ -112,7 +113,7 @@ class SPOT(BaseEstimator):
         rows, size = table.values.shape
 
         report("edge probabilities", 0, 1)
-        probability = np.array(_probabilities(posterior.params, posterior.net, corr, float(rows)))
+        probability = np.array(linked(posterior.params, posterior.net, corr, float(rows)))
         self.edge_probabilities_ = _with_knowledge(probability, known)
         report("edge probabilities", 1, 1)
         guide = _guide(self.edge_probabilities_, known, self.family)
@@ -141,7 +142,10 @@ def regularised(corr: Float[np.ndarray, "V V"], num_rows: int) -> Float[np.ndarr
 
 
 @functools.partial(jax.jit, static_argnames="net")
-def _probabilities(params, net, corr, num_rows):
+def linked(
+    params: Params, net: SkeletonConfig, corr: Float[AnyArray, "V V"], num_rows: float | Float[AnyArray, ""]
+) -> Float[Array, "V V"]:
+    """`skeleton.edge_probabilities`, compiled once for each number of variables."""
     return skeleton.edge_probabilities(params, net, corr, num_rows)
 
 

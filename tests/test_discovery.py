@@ -22,11 +22,11 @@ SEARCH = spot.Config(num_steps=6, inner_steps=50, learning_rate=0.03)
 SHORT = ["--set", "num_steps=6", "inner_steps=50", "learning_rate=0.03", "--restarts", "2"]
 
 
-def by_hand(strength=4.0, middle=1.6):
-    """Logit strength * (z - middle), where z is the feature of the correlation given all others."""
+def by_hand(strength=8.0, middle=4.2):
+    """Logit strength * (z - middle), where z is the feature of the correlation plus the least one given one other: a link has both."""
     net = skeleton_net.EdgeMLP(width=2, depth=1)
     params = jax.tree.map(np.zeros_like, jax.device_get(skeleton_net.init(jax.random.key(0), net, features.COUNT)))
-    params["dense_0"]["kernel"][1, 0] = 1.0
+    params["dense_0"]["kernel"][[0, 4], 0] = 1.0
     params["head"]["kernel"][0, 0] = strength
     params["head"]["bias"][0] = -strength * middle
     return stored.Posterior(params, net, {"recipe": {"train": {"rows": [100, 1000], "sizes": [4, 20]}}})
@@ -124,7 +124,7 @@ def sample_frame():
 )
 def test_wrong_options_are_named(posterior, options, said):
     with pytest.raises(ValueError, match=said):
-        SPOT(posterior=posterior, **options).fit(sample())
+        SPOT(posterior=posterior).set_params(**options).fit(sample())
 
 
 def test_fewer_rows_than_variables_are_shrunk_towards_independence():
@@ -151,7 +151,7 @@ def test_the_command_writes_everything(posterior, tmp_path, capsys):
     assert "missing values in sprinkler (3 of 400)" in error
     assert "--drop-missing" in error
     assert cli.main([*common, "--drop-missing", "--tiers", "rain,sprinkler", "wet"]) == 0
-    assert "rain --> wet" in capsys.readouterr().out
+    assert "rain o-> wet" in capsys.readouterr().out
     out = tmp_path / "out"
     names = {"best.dot", "best.graphml", "graph.dot", "graph.graphml", "graph.svg", "probabilities.svg"}
     assert {path.name for path in out.iterdir()} == names | {"report.html", "result.json"}
@@ -163,7 +163,7 @@ def test_the_command_writes_everything(posterior, tmp_path, capsys):
         ("wet", "slip"),
     }
     page = (out / "report.html").read_text()
-    for text in ("3 dropped for missing values", "in time, rain and sprinkler then wet", "These are hypotheses"):
+    for text in ("3 dropped for missing values", "in time, rain and sprinkler, then wet", "These are hypotheses"):
         assert text in page
 
 
@@ -182,3 +182,17 @@ def test_a_wrong_command_line_is_one_line(tmp_path, capsys, posterior, options, 
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_shipped_posterior_knows_a_chain_and_how_good_it_is():
+    shipped = stored.read(discovery.SHIPPED)
+    size = 6
+    noise = np.random.default_rng(3).normal(size=(2000, size))
+    for i in range(1, size):
+        noise[:, i] += 0.8 * noise[:, i - 1]
+    corr = np.corrcoef(noise, rowvar=False).astype(np.float32)
+    found = np.asarray(discovery.linked(shipped.params, shipped.net, corr, 2000.0))
+    chain = np.eye(size, k=1, dtype=bool)
+    assert found[chain].min() > 0.9
+    assert found[chain].min() > found[np.triu(~chain, 2)].max()
+    assert {entry["variables"] for entry in shipped.card["calibration"]} == set(shipped.card["recipe"]["check_sizes"])

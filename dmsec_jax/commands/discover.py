@@ -71,21 +71,7 @@ def run(cfg: Config) -> int:
         posterior=cfg.posterior,
         seed=cfg.seed,
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        tasks: dict[str, int] = {}
-
-        def on_step(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        model.fit(table, on_step=on_step)
+    _fit(model, table, console)
     seconds["learning"] = time.monotonic() - began
     found = Discovery(
         source=cfg.data.name,
@@ -116,6 +102,25 @@ def run(cfg: Config) -> int:
         console.print(f"Note: {page.printable(note)}", markup=False, highlight=False)
     console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
     return 0
+
+
+def _fit(model: discovery.SPOT, table: tables.Table, console: Console) -> None:
+    """Learns, with a bar for every stage."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, int] = {}
+
+        def on_step(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        model.fit(table, on_step=on_step)
 
 
 def _table(cfg: Config) -> tuple[tables.Table, int]:
