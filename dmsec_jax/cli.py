@@ -8,10 +8,11 @@ import sys
 VERBS = {
     "authenticate": "were these pictures used to fine-tune that model? (CGI-DM and membership tests)",
     "demo": "the whole story on the embedded model: fine-tune on ten pictures, extract them, report",
+    "discover": "which columns of a table cause which, when some causes may be hidden? (SPOT)",
     "extract": "which training pictures does a fine-tuned model give away? (FineXtract and baselines)",
     "finetune": "fine-tune a model on a few pictures (DreamBooth, Bayesian if you like; full weights, LoRA or OFT)",
     "protect": "change pictures slightly so that models learn less from them (AdvDM, Mist, ...), and say what it is worth",
-    "pretrain": "train the embedded model from nothing",
+    "pretrain": "train the embedded model, or the skeleton posterior, from nothing",
 }
 """Verb -> one line of help; `dmsec_jax.commands.<verb>` holds `Config` and `run`."""
 

@@ -27,6 +27,7 @@ FLOOR = {
     "pretrain": 6,
     "audit": 6,
     "authentication": 6,
+    "discovery": 6,
     "protection": 6,
     "robustness": 6,
     "monitoring": 6,

@@ -10,6 +10,7 @@ log(absent / adjacent) to every logit), the probabilities are calibrated on the 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +32,24 @@ from dmsec_jax.models.skeleton_net import SkeletonConfig
 
 @config
 class Config:
-    """`num_steps` updates, each on `batch_size` data sets of one size of `sizes`, taken in turn; rows are log-uniform in `rows`."""
+    """`num_steps` updates, each on data sets of one size of `sizes`, taken in turn.
+
+    pairs: of variables in one update, together; so that sizes weigh alike, there are more data sets of fewer variables.
+    rows: of a data set, log-uniform, but at least two more than variables.
+    """
 
     num_steps: int = 2000
-    batch_size: int = 16
+    pairs: int = 7000
     sizes: tuple[int, ...] = (10, 20, 30, 50)
     rows: tuple[int, int] = (250, 10_000)
     learning_rate: float = 4e-3
     weight_decay: float = 1e-4
+
+
+State = infer.svi.SVIState
+"""Parameters, moments and key of a training, between two updates."""
+OnChunk = Callable[[int, State, np.ndarray], None]
+"""(updates done, state, loss of each update since the last call)."""
 
 
 class Trained(NamedTuple):
@@ -62,23 +73,24 @@ def likelihood(
 def batch(
     key: Key,
     size: int,
+    count: int,
     prior: Prior,
-    cfg: Config,
+    rows: tuple[int, int],
     knowledge: Knowledge | None = None,
     given: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "B V V F"], Int[Array, "B P"]]:
-    """Features and skeletons of `cfg.batch_size` simulated data sets, with no rows ever drawn."""
+    """Features and skeletons of `count` simulated data sets, with no rows ever drawn; `rows` as in `Config`."""
     first, second = np.triu_indices(size, 1)
 
     def one(key):
         key_rows, key_data = jax.random.split(key)
-        low, high = (math.log(bound) for bound in cfg.rows)
-        num_rows = jnp.exp(jax.random.uniform(key_rows, minval=low, maxval=high))
+        low, high = (math.log(bound) for bound in rows)
+        num_rows = jnp.maximum(jnp.exp(jax.random.uniform(key_rows, minval=low, maxval=high)), size + 2)
         drawn = sem.simulate(key_data, size, num_rows, prior, knowledge, given)
         phi = features.pair_features(features.of_covariance(drawn.covariance), num_rows)
         return phi, (drawn.marks[first, second] != 0).astype(jnp.int32)
 
-    return jax.vmap(one)(jax.random.split(key, cfg.batch_size))
+    return jax.vmap(one)(jax.random.split(key, count))
 
 
 def train(
@@ -90,34 +102,60 @@ def train(
     knowledge: Knowledge | None = None,
     given: dict[str, Any] | None = None,
     start: Params | None = None,
+    resume: tuple[int, State] | None = None,
+    on_chunk: OnChunk | None = None,
+    chunk: int = 100,
 ) -> Trained:
     """Trains on data sets simulated inside the jitted step; one compilation for each size.
 
     Args:
         knowledge, given: as `sem.simulate`; `sem.graph_sites` of a graph found for one data set makes data like it (vicinal fine-tuning).
         start: parameters to go on from.
+        resume: what `on_chunk` got last, to go on as if nothing had happened; losses are those from there on.
+        on_chunk: called after every `chunk` updates, and at the end.
     """
-    schedule = optax.cosine_decay_schedule(cfg.learning_rate, cfg.num_steps)
-    optimiser = optax.adamw(schedule, weight_decay=cfg.weight_decay)
-    svi = infer.SVI(likelihood, lambda *args, **kwargs: None, optimiser, infer.Trace_ELBO(), net=net)
-    sizes = cfg.sizes
+    svi = _svi(net, cfg)
 
     def update(state, key, size):
-        phi, adjacent = batch(key, size, prior, cfg, knowledge, given)
+        count = data_sets(size, cfg)
+        phi, adjacent = batch(key, size, count, prior, cfg.rows, knowledge, given)
         state, loss = svi.stable_update(state, phi, adjacent)
         return state, loss / adjacent.size
 
     jitted = jax.jit(update, static_argnames="size")
     key_init, key_steps = jax.random.split(key)
-    shape = jnp.zeros((1, 3, 3, features.COUNT))
-    state = svi.init(
-        key_init, shape, jnp.zeros((1, 3), jnp.int32), init_params=None if start is None else {"net": start}
-    )
-    losses = []
-    for i in range(cfg.num_steps):
-        state, loss = jitted(state, jax.random.fold_in(key_steps, i), size=sizes[i % len(sizes)])
+    done, state = 0, _first(svi, key_init, start)  # also if it goes on: numpyro learns the names of parameters here
+    done, state = (done, state) if resume is None else resume
+    losses: list[float] = []
+    for i in range(done, cfg.num_steps):
+        size = cfg.sizes[i % len(cfg.sizes)]
+        state, loss = jitted(state, jax.random.fold_in(key_steps, i), size=size)
         losses.append(loss)
-    return Trained(svi.get_params(state)["net"], np.asarray(jnp.stack(losses)))
+        if on_chunk is not None and ((i + 1) % chunk == 0 or i + 1 == cfg.num_steps):
+            since = i % chunk + 1
+            on_chunk(i + 1, state, np.asarray(jnp.stack(losses[-since:])))
+    return Trained(svi.get_params(state)["net"], np.asarray(losses))
+
+
+def init(key: Key, net: SkeletonConfig, cfg: Config, start: Params | None = None) -> State:
+    """The state before the first update, of new parameters or of `start`."""
+    return _first(_svi(net, cfg), key, start)
+
+
+def data_sets(size: int, cfg: Config) -> int:
+    """How many data sets of that many variables are in one update."""
+    return max(1, cfg.pairs // (size * (size - 1) // 2))
+
+
+def _first(svi, key, start):
+    examples = jnp.zeros((1, 3, 3, features.COUNT)), jnp.zeros((1, 3), jnp.int32)
+    return svi.init(key, *examples, init_params=None if start is None else {"net": start})
+
+
+def _svi(net, cfg):
+    schedule = optax.cosine_decay_schedule(cfg.learning_rate, cfg.num_steps)
+    optimiser = optax.adamw(schedule, weight_decay=cfg.weight_decay)
+    return infer.SVI(likelihood, lambda *args, **kwargs: None, optimiser, infer.Trace_ELBO(), net=net)
 
 
 def edge_probabilities(

@@ -1,35 +1,41 @@
-"""`dmsec pretrain`: trains the embedded model (tokenizer, autoencoder, text encoder, denoiser) and writes its folder and model card."""
+"""`dmsec pretrain`: trains what ships: the embedded model (tokenizer, autoencoder, text encoder, denoiser) or the skeleton posterior."""
 
 import dataclasses
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dmsec_jax.checkpoints import diffusers, io
+from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.data.tokens import Tokenizer
-from dmsec_jax.pretrain import card, corpus, stages
+from dmsec_jax.pretrain import card, corpus, skeleton, stages
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train the embedded nano model from nothing; interrupt it at will, the same command goes on."""
+    """Train what ships from nothing; interrupt it at will, the same command goes on."""
 
-    recipe: Path = Path("configs/pretrain/emoji.yaml")
+    what: Literal["model", "skeleton"] = "model"
+    """The embedded nano model, or SPOT's posterior over skeletons, which needs no data; the options below `out` are the former's."""
+    recipe: Path | None = None
+    """Default: configs/pretrain/emoji.yaml or configs/spot/skeleton.yaml."""
     set: tuple[str, ...] = ()
     """Overrides of the recipe, for example denoiser.num_steps=1000."""
-    work: Path = Path("out/pretrain")
-    """Icon packages, checkpoints and intermediate weights."""
-    out: Path = Path("out/emoji-ldm")
-    """The finished model folder."""
+    work: Path | None = None
+    """Icon packages, checkpoints and intermediate weights; default: out/pretrain or out/pretrain-skeleton."""
+    out: Path | None = None
+    """The finished folder; default: out/emoji-ldm or out/skeleton."""
     photos: Path | None = None
     """Folder of photographs for the autoencoder's corpus."""
     cutouts: Path | None = None
@@ -43,9 +49,36 @@ class Config:
 
 
 def run(cfg: Config) -> int:
-    """Both stages, each resumable, then the model folder with its card."""
-    console = Console()
-    recipe = config.load(stages.Recipe, cfg.recipe, cfg.set)
+    """Trains, going on where an earlier run was interrupted, and writes the folder with its card."""
+    return _MODELS[cfg.what](cfg, Console())
+
+
+def _skeleton(cfg: Config, console: Console) -> int:
+    """The posterior over skeletons."""
+    recipe = config.load(skeleton.Recipe, cfg.recipe or Path("configs/spot/skeleton.yaml"), cfg.set)
+    out, total = cfg.out or Path("out/skeleton"), recipe.train.num_steps
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("training", total=total, figures="compiling")
+
+        def on_chunk(done: int, losses: np.ndarray) -> None:
+            bar.update(task, completed=done, figures=f"loss {losses.mean():.4f} nats per pair")
+
+        params = skeleton.train(recipe, cfg.work or Path("out/pretrain-skeleton"), on_chunk)
+    console.print("checking the calibration on held-out data sets")
+    posterior = skeleton.posterior(params, recipe)
+    stored.write(out, posterior)
+    for entry in posterior.card["calibration"]:
+        console.print(entry, highlight=False)
+    console.print(f"Posterior: {out}", markup=False)
+    return 0
+
+
+def _model(cfg: Config, console: Console) -> int:
+    """Both stages of the embedded model."""
+    recipe_path = cfg.recipe or Path("configs/pretrain/emoji.yaml")
+    cfg = dataclasses.replace(cfg, work=cfg.work or Path("out/pretrain"), out=cfg.out or Path("out/emoji-ldm"))
+    recipe = config.load(stages.Recipe, recipe_path, cfg.set)
     icons = corpus.read_icons(corpus.install(cfg.work / "npm"))
     words = _words(cfg, icons, recipe)
     report = _Report(console, cfg.work / "log.csv")
@@ -101,6 +134,9 @@ def _newest(cfg: Config, recipe: stages.Recipe, words) -> dict:
         found = checkpoints.restore(stages.denoiser_shapes(recipe, words))
     require(found is not None, str(cfg.work / "denoiser"), "a folder with a checkpoint", "none", "train first")
     return found.tree.ema
+
+
+_MODELS = {"model": _model, "skeleton": _skeleton}
 
 
 class _Report:

@@ -242,8 +242,13 @@ def finish(
     cfg: Config,
     *,
     offending_fn: OffendingFn = penalties.not_ancestral,
+    required: Bool[AnyArray, "V V"] | None = None,
 ) -> Graph:
-    """Drops what is below the threshold, then the weakest offending edge until none is left, and fits what remains."""
+    """Drops what is below the threshold, then the weakest offending edge until none is left, and fits what remains.
+
+    Args:
+        required: i -> j that stay however weak; together acyclic.
+    """
     scale = jnp.sqrt(jnp.diagonal(covariance))
     directed = jnp.abs(state.directed)
     directed, bidirected = (
@@ -251,6 +256,8 @@ def finish(
     )
     # strengths in units of the variables, so that they can be compared
     directed, bidirected = directed * scale[:, None] / scale, bidirected / scale / scale[:, None]
+    if required is not None:
+        directed = jnp.where(required, jnp.inf, directed)
     directed = _without(directed, lambda left: penalties.on_cycles(left, bidirected))
     bidirected = _without(bidirected, lambda left: offending_fn(directed, left))
     fit = mag.refit(directed, bidirected, covariance, num_rows)

@@ -14,7 +14,7 @@ from dmsec_jax.models import skeleton_net
 
 NET = skeleton_net.EdgeMLP(width=32)
 SIZE = 6
-CFG = skeleton.Config(num_steps=60, batch_size=16, sizes=(SIZE,), rows=(200, 2000), learning_rate=1e-2)
+CFG = skeleton.Config(num_steps=60, pairs=240, sizes=(SIZE,), rows=(200, 2000), learning_rate=1e-2)
 
 
 @functools.cache
@@ -24,8 +24,7 @@ def trained():
 
 @functools.cache
 def held_out():
-    cfg = skeleton.Config(batch_size=256, rows=CFG.rows)
-    phi, adjacent = jax.jit(lambda key: skeleton.batch(key, SIZE, sem.SPOT, cfg))(jax.random.key(99))
+    phi, adjacent = jax.jit(lambda key: skeleton.batch(key, SIZE, 256, sem.SPOT, CFG.rows))(jax.random.key(99))
     logits = handlers.seed(handlers.substitute(skeleton.likelihood, {"net": trained().params}), 0)(phi, net=NET)
     return np.asarray(jax.nn.sigmoid(logits)), np.asarray(adjacent)
 
@@ -81,10 +80,12 @@ def test_going_on_around_one_graph_sharpens_it():
         directed[i, j] = True
     bidirected[2, 4] = bidirected[4, 2] = True
     given = sem.graph_sites(directed, bidirected)
-    cfg = skeleton.Config(num_steps=60, batch_size=16, sizes=(SIZE,), rows=(500, 501), learning_rate=3e-3)
+    cfg = skeleton.Config(num_steps=60, pairs=240, sizes=(SIZE,), rows=(500, 501), learning_rate=3e-3)
     before = trained().params
     after = skeleton.train(jax.random.key(5), sem.SPOT, NET, cfg, given=given, start=before).params
-    phi, adjacent = jax.jit(lambda key: skeleton.batch(key, SIZE, sem.SPOT, cfg, given=given))(jax.random.key(6))
+    phi, adjacent = jax.jit(lambda key: skeleton.batch(key, SIZE, 16, sem.SPOT, cfg.rows, given=given))(
+        jax.random.key(6)
+    )
 
     def loss(params):
         logits = handlers.seed(handlers.substitute(skeleton.likelihood, {"net": params}), 0)(phi, net=NET)
