@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmsec_jax.checkpoints import diffusers
+from dmsec_jax.checkpoints import adapters, diffusers
 from dmsec_jax.core import trees
 from dmsec_jax.core.checks import image_batch, require
 from dmsec_jax.core.files import sha256
@@ -102,6 +102,22 @@ def load(folder: str | Path = EMBEDDED, *, variant: str | None = None) -> Pipeli
         folder=Path(folder),
         sha256=sha256(folder),
     )
+
+
+def load_tuned(path: str | Path, base: Pipeline) -> Pipeline:
+    """Reads a model that was fine-tuned from `base`: a model folder, or an adapter (LoRA, ...), which is merged into it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load` and `checkpoints.adapters.read_adapter`; on a folder of another architecture than the base's.
+    """
+    path = Path(path)
+    if (path / diffusers.INDEX).is_file():
+        tuned = load(path)
+        require_same_architecture(base, tuned)
+        return tuned
+    merged = adapters.merge(base.params, adapters.read_adapter(path, base.params))
+    digest = sha256(adapters.find_file(path))
+    return dataclasses.replace(base, params=jax.tree.map(jnp.asarray, merged), sha256=digest)
 
 
 def require_same_architecture(base: Pipeline, tuned: Pipeline) -> None:

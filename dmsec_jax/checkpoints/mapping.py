@@ -18,6 +18,8 @@ from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
 
+Problem = tuple[str, str]
+"""What kind of problem, and the key with it."""
 WEIGHTS = ("kernel", "scale", "embedding")
 
 
@@ -77,10 +79,21 @@ def align(
         ValueError: one error that lists every missing, unused, mis-shaped, not floating or doubly given key, with found
             and expected shapes.
     """
+    views, problems = compare(state, rules, target)
+    if problems:
+        contract = "exactly the tensors that the configuration asks for"
+        raise complaint(name, contract, problems, "check that config and weights belong together")
+    return views
+
+
+def compare(
+    state: Mapping[str, np.ndarray], rules: Rules, target: Params
+) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    """What `align` finds and what it complains about, for callers that want both."""
     leaves = flatten(target)
     views: dict[str, np.ndarray] = {}
     sources: dict[str, str] = {}
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     for key, tensor in state.items():
         if any(re.fullmatch(pattern, key) for pattern in rules.ignored):
             continue
@@ -99,9 +112,7 @@ def align(
         sources[path], views[path] = key, view
     for path in leaves.keys() - sources.keys():
         problems.append(("missing", f"{rules.prefix}{key_of(path, rules)} {_torch_shape(path, leaves[path].shape)}"))
-    if problems:
-        raise _complaint(name, problems)
-    return views
+    return views, problems
 
 
 def to_state(params: Params, rules: Rules) -> dict[str, np.ndarray]:
@@ -116,6 +127,14 @@ def to_state(params: Params, rules: Rules) -> dict[str, np.ndarray]:
         require(key not in state, f"path {path}", "the only one of its key", f"{key} twice", "rename one of the two")
         state[key] = _to_torch(path, np.asarray(leaf))
     return state
+
+
+def complaint(name: str, contract: str, problems: list[Problem], cure: str) -> ValueError:
+    """The one error for all problems, with the whole list."""
+    kinds = sorted({kind for kind, _ in problems})
+    counts = ", ".join(f"{sum(kind == k for k, _ in problems)} {kind}" for kind in kinds)
+    lines = "".join(f"\n  {kind}: {what}" for kind, what in sorted(problems))
+    return fail(name, contract, counts, f"{cure}:{lines}")
 
 
 def canonical(key: str, rules: Rules) -> str:
@@ -177,12 +196,3 @@ def _to_torch(path: str, leaf: np.ndarray) -> np.ndarray:
 
 def _torch_shape(path: str, shape: tuple[int, ...]) -> list[int]:
     return list(_to_torch(path, np.broadcast_to(np.float32(0), shape)).shape)
-
-
-def _complaint(name: str, problems: list[tuple[str, str]]) -> ValueError:
-    """The one error, with the whole list."""
-    kinds = sorted({kind for kind, _ in problems})
-    counts = ", ".join(f"{sum(kind == k for k, _ in problems)} {kind}" for kind in kinds)
-    lines = "".join(f"\n  {kind}: {what}" for kind, what in sorted(problems))
-    cure = f"check that config and weights belong together:{lines}"
-    return fail(name, "exactly the tensors that the configuration asks for", counts, cure)

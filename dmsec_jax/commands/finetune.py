@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dmsec_jax import pipeline
 from dmsec_jax.checkpoints import diffusers
-from dmsec_jax.checkpoints.io import write_tensors
+from dmsec_jax.checkpoints.adapter_export import write_lora
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
 from dmsec_jax.core.checks import require
@@ -80,6 +80,8 @@ SAMPLES = 8
 """Pictures on a sample sheet."""
 FOLDERS = ("checkpoints", "model", "pictures", "samples")
 """What `out` holds."""
+LORA_FILES = {"diffusers": "lora.safetensors", "kohya": "lora-kohya.safetensors"}
+"""What `out` holds besides after LoRA: the factors alone, for `load_lora_weights` and for A1111."""
 TRAINABLE = ("unet", "text_encoder")
 
 DEFAULT_RECIPE = recipe.Recipe(
@@ -295,9 +297,10 @@ def _write(cfg, base, pictures, chosen, tuned, samples) -> None:
     pipeline.save(cfg.out / "model", dataclasses.replace(base, params=tuned.params))
     trained = f"{trees.count(tuned.trainable):,} parameters"
     if chosen.lora is not None:
-        flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(tuned.trainable).items()}
-        note = {"rank": str(chosen.lora.rank), "alpha": str(chosen.lora.alpha or chosen.lora.rank)}
-        write_tensors(cfg.out / "lora.safetensors", flat, metadata=note)
+        parts = tuned.trainable if cfg.text_encoder else {"unet": tuned.trainable}
+        ratio = 1.0 if chosen.lora.alpha is None else chosen.lora.alpha / chosen.lora.rank
+        for layout, name in LORA_FILES.items():
+            write_lora(cfg.out / name, parts, ratio, layout)
     account = Training(
         base=base.folder.name,
         tuner=f"{'full weights' if chosen.lora is None else f'LoRA of rank {chosen.lora.rank}'}, {trained}",
