@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dmsec_jax import pipeline
+from dmsec_jax.checkpoints import single_file
 from dmsec_jax.checkpoints.adapter_export import write_lora
 from dmsec_jax.core.files import sha256
 from dmsec_jax.models import presets
@@ -125,3 +126,12 @@ def test_a_tuned_folder_must_be_of_the_base_architecture(tiny_pipeline, tiny_fol
     )
     with pytest.raises(ValueError, match="of the architecture of"):
         pipeline.load_tuned(tiny_folder, other)
+
+
+def test_a_single_file_is_loaded_with_the_configs_of_its_base(tiny_pipeline, tmp_path):
+    path = tmp_path / "model.safetensors"
+    single_file.write_model(path, tiny_pipeline.configs, tiny_pipeline.params, "float32")
+    tuned = pipeline.load_tuned(path, tiny_pipeline)
+    jax.tree.map(np.testing.assert_array_equal, tuned.params, tiny_pipeline.params)
+    with pytest.raises(ValueError, match="pass prediction_type="):
+        pipeline.load(path)

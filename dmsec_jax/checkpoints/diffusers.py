@@ -112,7 +112,7 @@ def read_model(folder: str | Path, variant: str | None = None) -> Model:
     return Model(
         configs=read_preset(folder),
         params={name: read_component(folder, name, variant)[1] for name in COMPONENTS},
-        tokenizer=_tokenizer(folder / "tokenizer"),
+        tokenizer=tokenizer_folder(folder / "tokenizer"),
     )
 
 
@@ -173,7 +173,7 @@ def write_model(
             overflows `dtype`.
         OSError: if the disk is full; nothing is left behind.
     """
-    tokenizer = _tokenizer(Path(model.tokenizer))
+    tokenizer = tokenizer_folder(Path(model.tokenizer))
     scheduler = dict(model.configs.scheduler)
     require("_class_name" in scheduler, "scheduler", "a table with _class_name", sorted(scheduler), "name its sampler")
     states = {name: _state(name, model) for name in COMPONENTS}
@@ -233,7 +233,7 @@ def _check_index(folder: Path) -> None:
             raise fail(str(folder / INDEX), "a Stable Diffusion pipeline", got, "use another model")
 
 
-def _tokenizer(folder: Path) -> Path:
+def tokenizer_folder(folder: Path) -> Path:
     """The folder, after a check that it holds a tokenizer."""
     there = {file for file in TOKENIZER_FILES if (folder / file).is_file()}
     ok = "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there

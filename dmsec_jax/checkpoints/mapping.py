@@ -32,12 +32,14 @@ class Rules:
         ignored: regular expressions of whole keys that hold no parameter.
         prefix: written before every canonical key by `to_state` (reading needs a rename for it).
         numbered: names that end in `_<number>` in the checkpoint itself.
+        names: whole key in the checkpoint -> canonical key, where no short rule says it; looked at before `renames`.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     numbered: tuple[str, ...] = ("linear_1", "linear_2")
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 UNET = Rules()
@@ -66,7 +68,11 @@ def to_tree(state: Mapping[str, np.ndarray], rules: Rules, target: Params, name:
     Raises:
         ValueError: as `align`.
     """
-    views = align(state, rules, target, name)
+    return copied(align(state, rules, target, name))
+
+
+def copied(views: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The tree of the views that `align` found, as float32 arrays that own their memory."""
     return unflatten({path: np.array(view, np.float32, order="C") for path, view in views.items()})
 
 
@@ -110,8 +116,11 @@ def compare(
         elif tensor.dtype.kind not in "fV":  # ml_dtypes reports kind V for bfloat16
             problems.append(("not floating point", f"{key} {tensor.dtype}"))
         sources[path], views[path] = key, view
+    spelt = {key: name for name, key in rules.names.items()}
     for path in leaves.keys() - sources.keys():
-        problems.append(("missing", f"{rules.prefix}{key_of(path, rules)} {_torch_shape(path, leaves[path].shape)}"))
+        key = key_of(path, rules)
+        shape = _torch_shape(path, leaves[path].shape)
+        problems.append(("missing", f"{rules.prefix}{spelt.get(key, key)} {shape}"))
     return views, problems
 
 
@@ -122,8 +131,10 @@ def to_state(params: Params, rules: Rules) -> dict[str, np.ndarray]:
         ValueError: if two paths would get the same key, or a kernel is neither a matrix nor a 2-D convolution.
     """
     state: dict[str, np.ndarray] = {}
+    spelt = {key: name for name, key in rules.names.items()}
     for path, leaf in flatten(params).items():
-        key = rules.prefix + key_of(path, rules)
+        key = key_of(path, rules)
+        key = rules.prefix + spelt.get(key, key)
         require(key not in state, f"path {path}", "the only one of its key", f"{key} twice", "rename one of the two")
         state[key] = _to_torch(path, np.asarray(leaf))
     return state
@@ -139,6 +150,8 @@ def complaint(name: str, contract: str, problems: list[Problem], cure: str) -> V
 
 def canonical(key: str, rules: Rules) -> str:
     """The key in current diffusers spelling."""
+    if key in rules.names:
+        return rules.names[key]
     for pattern, template in rules.renames:
         if match := re.fullmatch(pattern, key):
             return match.expand(template)

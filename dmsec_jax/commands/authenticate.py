@@ -35,7 +35,7 @@ class Config:
     """Tell whether pictures were used to fine-tune a diffusion model, and how sure that is (CGI-DM and membership tests)."""
 
     model: Path
-    """The fine-tuned model: a diffusers folder, or a LoRA (or LoCon, LoHa, LoKr, DoRA) file for `base`."""
+    """The fine-tuned model: a diffusers folder, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
     prompt: str
     """The prompt it was, or may have been, fine-tuned with."""
     images: Path

@@ -69,7 +69,7 @@ class Config:
     """Extract training pictures from a fine-tuned diffusion model (FineXtract) and show which ones leaked."""
 
     model: Path
-    """The fine-tuned model: a diffusers folder, or a LoRA (or LoCon, LoHa, LoKr, DoRA) file for `base`."""
+    """The fine-tuned model: a diffusers folder, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
     prompt: str
     """The prompt it was fine-tuned with."""
     images: Path
