@@ -10,6 +10,7 @@ VERBS = {
     "demo": "the whole story on the embedded model: fine-tune on ten pictures, extract them, report",
     "extract": "which training pictures does a fine-tuned model give away? (FineXtract and baselines)",
     "finetune": "fine-tune a model on a few pictures (DreamBooth; full weights or LoRA)",
+    "info": "what is this model or LoRA, and can it be loaded? (family, parts, ranks, SHA-256, every key that does not fit)",
     "protect": "change pictures slightly so that models learn less from them (AdvDM, Mist, ...), and say what it is worth",
     "pretrain": "train the embedded model from nothing",
 }

@@ -119,9 +119,9 @@ def read_model(folder: str | Path, variant: str | None = None) -> Model:
 def read_preset(folder: str | Path) -> Preset:
     """The configs of a whole Stable Diffusion folder, without its weights; raises like `read_model`."""
     folder = Path(folder)
-    _check_index(folder)
+    check_index(folder)
     return Preset(
-        **{component.field: _config(folder, name) for name, component in COMPONENTS.items()},
+        **{component.field: read_component_config(folder, name) for name, component in COMPONENTS.items()},
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
     )
 
@@ -129,7 +129,7 @@ def read_preset(folder: str | Path) -> Preset:
 def read_component(folder: str | Path, name: str, variant: str | None = None) -> tuple[Any, Params]:
     """Config and parameters of one network, `name` one of `COMPONENTS`; raises like `read_model`."""
     component, place = COMPONENTS[name], Path(folder) / name
-    cfg = _config(folder, name)
+    cfg = read_component_config(folder, name)
     state = read_weights(place, component.stem, variant)
     params = mapping.to_tree(state, component.rules, shapes(name, cfg), f"weights of {place}")
     for tensor, values in state.items():
@@ -138,7 +138,8 @@ def read_component(folder: str | Path, name: str, variant: str | None = None) ->
     return cfg, params
 
 
-def _config(folder: str | Path, name: str) -> Any:
+def read_component_config(folder: str | Path, name: str) -> Any:
+    """Config of one network, `name` one of `COMPONENTS`; raises like `read_model`."""
     file = Path(folder) / name / "config.json"
     return configs.read_config(read_json(file), COMPONENTS[name].format, str(file))
 
@@ -218,8 +219,8 @@ def _index(sampler: str) -> dict[str, Any]:
     }
 
 
-def _check_index(folder: Path) -> None:
-    """The pipeline consists of the components that we implement, and of nothing else that matters."""
+def check_index(folder: Path) -> None:
+    """Raises ValueError unless the pipeline consists of the components that we implement, and of nothing else that matters."""
     contract = f"a diffusers folder with {INDEX}"
     require((folder / INDEX).is_file(), str(folder), contract, "none", "name the model's top folder")
     index = read_json(folder / INDEX)

@@ -61,7 +61,7 @@ def read_model(
         ValueError: if the tokenizer or the prediction type is neither given nor known, on a model of another family, or as `read_params`.
     """
     path = Path(path)
-    kinds, given = ("epsilon", "v_prediction"), prediction_type or _beside(path.with_suffix(".yaml"))
+    kinds, given = ("epsilon", "v_prediction"), prediction_type or prediction_beside(path)
     cure = f"pass prediction_type={' or '.join(map(repr, kinds))}, as its author says; weights do not tell"
     require(given in kinds, f"the prediction type of {path}", " or ".join(kinds), repr(given), cure)
     cure = "pass tokenizer=, the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
@@ -194,8 +194,13 @@ def _parts(preset: Preset, weights: Weights, *, open_clip: bool) -> dict[str, Pa
     }
 
 
-def _beside(config: Path) -> str | None:
-    """The prediction type in latent diffusion's config; noise is its default. None if there is no such file."""
+def prediction_beside(path: Path) -> str | None:
+    """The prediction type in latent diffusion's config beside the file; noise is its default. None if there is no config.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    config = path.with_suffix(".yaml")
     if not config.is_file():
         return None
     try:
