@@ -11,6 +11,7 @@ VERBS = {
     "discover": "which columns of a table cause which, when some causes may be hidden? (SPOT)",
     "extract": "which training pictures does a fine-tuned model give away? (FineXtract and baselines)",
     "finetune": "fine-tune a model on a few pictures (DreamBooth, Bayesian if you like; full weights, LoRA or OFT)",
+    "info": "what is this model or LoRA, and can it be loaded? (family, parts, ranks, SHA-256, every key that does not fit)",
     "protect": "change pictures slightly so that models learn less from them (AdvDM, Mist, ...), and say what it is worth",
     "pretrain": "train the embedded model, or the skeleton posterior, from nothing",
 }

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmsec_jax.checkpoints import diffusers
+from dmsec_jax.checkpoints import adapters, diffusers, single_file
 from dmsec_jax.core import trees
 from dmsec_jax.core.checks import image_batch, require
 from dmsec_jax.core.files import sha256
@@ -52,7 +52,8 @@ class Pipeline:
         functions: see `Functions`.
         schedule: noise schedule, which also says what the network predicts.
         tokenizer: with `max_length` at most the text encoder's context.
-        folder, sha256: where it came from, and the hash of all its files.
+        folder, sha256: the folder or file that it came from, and the hash of all of it.
+        tokenizer_folder: with the tokenizer's files.
     """
 
     configs: presets.Preset
@@ -62,6 +63,7 @@ class Pipeline:
     tokenizer: Tokenizer
     folder: Path
     sha256: str
+    tokenizer_folder: Path
 
     @property
     def pixels(self) -> int:
@@ -75,33 +77,76 @@ class Pipeline:
         return side, side, self.configs.unet.in_channels
 
 
-def load(folder: str | Path = EMBEDDED, *, variant: str | None = None) -> Pipeline:
-    """Reads a diffusers folder of Stable Diffusion 1.x or 2.x.
+def load(
+    folder: str | Path = EMBEDDED,
+    *,
+    variant: str | None = None,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+) -> Pipeline:
+    """Reads Stable Diffusion 1.x or 2.x: a diffusers folder, or a single file of latent diffusion.
+
+    Args:
+        folder: the folder or file.
+        variant: of a folder's weight files, for example "fp16".
+        tokenizer: for a single file, which has none: the folder of one.
+        prediction_type: for a single file, whose weights do not tell: "epsilon" or "v_prediction"; None: as the `.yaml` beside it says.
 
     Raises:
-        FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model`; on a tokenizer that does not fit the text encoder.
+        FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model` and `checkpoints.single_file.read_model`; on a tokenizer that does
+            not fit the text encoder.
     """
-    model = diffusers.read_model(folder, variant)
+    if Path(folder).is_file():
+        model = single_file.read_model(folder, tokenizer, prediction_type)
+    else:
+        given = tokenizer is None and prediction_type is None
+        require(
+            given, "tokenizer and prediction_type", "left out for a folder, which has them", "one", "leave them out"
+        )
+        model = diffusers.read_model(folder, variant)
     cfg = schedule.from_scheduler_json(model.configs.scheduler, f"{folder}/scheduler/scheduler_config.json")
-    tokenizer = Tokenizer.load(model.tokenizer)
+    words = Tokenizer.load(model.tokenizer)
     text = model.configs.text
     require(
-        len(tokenizer.vocab) <= text.vocab_size,
-        f"{folder}/tokenizer",
+        len(words.vocab) <= text.vocab_size,
+        str(model.tokenizer),
         f"of at most {text.vocab_size} tokens, the text encoder's vocabulary",
-        f"{len(tokenizer.vocab)} tokens",
+        f"{len(words.vocab)} tokens",
         "take both from one model",
     )
-    tokenizer = dataclasses.replace(tokenizer, max_length=min(tokenizer.max_length, text.max_position_embeddings))
+    words = dataclasses.replace(words, max_length=min(words.max_length, text.max_position_embeddings))
     return Pipeline(
         configs=model.configs,
         params=jax.tree.map(jnp.asarray, dict(model.params)),
         functions=functions(model.configs.unet, model.configs.vae, text),
         schedule=cfg,
-        tokenizer=tokenizer,
+        tokenizer=words,
         folder=Path(folder),
         sha256=sha256(folder),
+        tokenizer_folder=model.tokenizer,
     )
+
+
+def load_tuned(path: str | Path, base: Pipeline) -> Pipeline:
+    """Reads a model that was fine-tuned from `base`: a model folder, a single file (what it leaves out is taken from the base), or an adapter (LoRA,
+    ...), which is merged into it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`, `checkpoints.single_file.read_params` and `checkpoints.adapters.read_adapter`; on a model of
+            another architecture than the base's.
+    """
+    path = Path(path)
+    if (path / diffusers.INDEX).is_file():
+        tuned = load(path)
+        require_same_architecture(base, tuned)
+        return tuned
+    path = adapters.find_file(path)
+    state = single_file.read(path)
+    if single_file.is_single_file(state):
+        params = single_file.params_of(state, base.configs, str(path))
+    else:
+        params = adapters.merge(base.params, adapters.read_adapter(path, base.params))
+    return dataclasses.replace(base, params=jax.tree.map(jnp.asarray, params), sha256=sha256(path))
 
 
 def require_same_architecture(base: Pipeline, tuned: Pipeline) -> None:
@@ -123,7 +168,7 @@ def save(
     model = diffusers.Model(
         configs=pipeline.configs,
         params=jax.device_get(pipeline.params),
-        tokenizer=pipeline.folder / "tokenizer",
+        tokenizer=pipeline.tokenizer_folder,
     )
     diffusers.write_model(folder, model, dtype, metadata=metadata)
 

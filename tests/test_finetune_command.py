@@ -3,11 +3,12 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dmsec_jax import cli, monitoring
+from dmsec_jax import cli, monitoring, pipeline
 from dmsec_jax.commands import finetune
 from dmsec_jax.data.images import save_png
 
@@ -196,6 +197,17 @@ def test_the_base_model_is_not_overwritten(tune, tiny_folder, capsys):
     assert tiny_folder.name == "model"
     assert tune(tiny_folder.parent) == 1
     assert "model must be another than the one that is written" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # compiles for long
+def test_lora_is_written_for_other_programs_beside_the_merged_model(tune, tiny_folder, tmp_path):
+    chosen = ["patterns=[]", "lora.rank=2", "lora.alpha=6", "lora.targets=[conv_out/kernel, attn1/to_q/kernel]"]
+    assert tune(tmp_path, "--sample-every", "0", steps=2, sets=chosen) == 0
+    base, merged = pipeline.load(tiny_folder), pipeline.load(tmp_path / "model")
+    for name in ("lora.safetensors", "lora-kohya.safetensors"):
+        tuned = pipeline.load_tuned(tmp_path / name, base)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned.params, merged.params)
+    assert not np.array_equal(tuned.params["unet"]["conv_out"]["kernel"], base.params["unet"]["conv_out"]["kernel"])
 
 
 @pytest.mark.slow  # compiles for long

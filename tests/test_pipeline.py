@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from dmsec_jax import pipeline
+from dmsec_jax.checkpoints import single_file
+from dmsec_jax.checkpoints.adapter_export import write_lora
+from dmsec_jax.core.files import sha256
+from dmsec_jax.models import presets
 
 PROMPT = "a red dog"
 
@@ -101,3 +105,33 @@ def test_not_finite_latents_decode_to_nan_not_to_pictures(tiny_pipeline):
 def test_size_properties(tiny_pipeline):
     assert tiny_pipeline.pixels == 16
     assert dataclasses.replace(tiny_pipeline).latent_shape == (8, 8, 4)
+
+
+def test_a_lora_is_loaded_on_top_of_its_base(tiny_pipeline, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    factors = {"down": np.ones((32, 2), np.float32), "up": np.ones((2, 32), np.float32)}
+    write_lora(file, {"unet": {"time_embedding": {"linear_2": factors}}}, ratio=0.5)
+    tuned = pipeline.load_tuned(file, tiny_pipeline)
+    assert tuned.sha256 == sha256(file)
+    changed = jax.tree.map(lambda new, old: np.abs(new - old).max(), tuned.params, tiny_pipeline.params)
+    assert changed["unet"]["time_embedding"]["linear_2"].pop("kernel") == pytest.approx(1)
+    assert not any(jax.tree.leaves(changed))
+    pipeline.require_same_architecture(tiny_pipeline, tuned)
+
+
+def test_a_tuned_folder_must_be_of_the_base_architecture(tiny_pipeline, tiny_folder):
+    assert pipeline.load_tuned(tiny_folder, tiny_pipeline).sha256 == tiny_pipeline.sha256
+    other = dataclasses.replace(
+        tiny_pipeline, configs=dataclasses.replace(tiny_pipeline.configs, unet=presets.NANO.unet)
+    )
+    with pytest.raises(ValueError, match="of the architecture of"):
+        pipeline.load_tuned(tiny_folder, other)
+
+
+def test_a_single_file_is_loaded_with_the_configs_of_its_base(tiny_pipeline, tmp_path):
+    path = tmp_path / "model.safetensors"
+    single_file.write_model(path, tiny_pipeline.configs, tiny_pipeline.params, "float32")
+    tuned = pipeline.load_tuned(path, tiny_pipeline)
+    jax.tree.map(np.testing.assert_array_equal, tuned.params, tiny_pipeline.params)
+    with pytest.raises(ValueError, match="pass prediction_type="):
+        pipeline.load(path)

@@ -112,16 +112,16 @@ def read_model(folder: str | Path, variant: str | None = None) -> Model:
     return Model(
         configs=read_preset(folder),
         params={name: read_component(folder, name, variant)[1] for name in COMPONENTS},
-        tokenizer=_tokenizer(folder / "tokenizer"),
+        tokenizer=tokenizer_folder(folder / "tokenizer"),
     )
 
 
 def read_preset(folder: str | Path) -> Preset:
     """The configs of a whole Stable Diffusion folder, without its weights; raises like `read_model`."""
     folder = Path(folder)
-    _check_index(folder)
+    check_index(folder)
     return Preset(
-        **{component.field: _config(folder, name) for name, component in COMPONENTS.items()},
+        **{component.field: read_component_config(folder, name) for name, component in COMPONENTS.items()},
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
     )
 
@@ -129,7 +129,7 @@ def read_preset(folder: str | Path) -> Preset:
 def read_component(folder: str | Path, name: str, variant: str | None = None) -> tuple[Any, Params]:
     """Config and parameters of one network, `name` one of `COMPONENTS`; raises like `read_model`."""
     component, place = COMPONENTS[name], Path(folder) / name
-    cfg = _config(folder, name)
+    cfg = read_component_config(folder, name)
     state = read_weights(place, component.stem, variant)
     params = mapping.to_tree(state, component.rules, shapes(name, cfg), f"weights of {place}")
     for tensor, values in state.items():
@@ -138,7 +138,8 @@ def read_component(folder: str | Path, name: str, variant: str | None = None) ->
     return cfg, params
 
 
-def _config(folder: str | Path, name: str) -> Any:
+def read_component_config(folder: str | Path, name: str) -> Any:
+    """Config of one network, `name` one of `COMPONENTS`; raises like `read_model`."""
     file = Path(folder) / name / "config.json"
     return configs.read_config(read_json(file), COMPONENTS[name].format, str(file))
 
@@ -173,7 +174,7 @@ def write_model(
             overflows `dtype`.
         OSError: if the disk is full; nothing is left behind.
     """
-    tokenizer = _tokenizer(Path(model.tokenizer))
+    tokenizer = tokenizer_folder(Path(model.tokenizer))
     scheduler = dict(model.configs.scheduler)
     require("_class_name" in scheduler, "scheduler", "a table with _class_name", sorted(scheduler), "name its sampler")
     states = {name: _state(name, model) for name in COMPONENTS}
@@ -218,8 +219,8 @@ def _index(sampler: str) -> dict[str, Any]:
     }
 
 
-def _check_index(folder: Path) -> None:
-    """The pipeline consists of the components that we implement, and of nothing else that matters."""
+def check_index(folder: Path) -> None:
+    """Raises ValueError unless the pipeline consists of the components that we implement, and of nothing else that matters."""
     contract = f"a diffusers folder with {INDEX}"
     require((folder / INDEX).is_file(), str(folder), contract, "none", "name the model's top folder")
     index = read_json(folder / INDEX)
@@ -233,7 +234,7 @@ def _check_index(folder: Path) -> None:
             raise fail(str(folder / INDEX), "a Stable Diffusion pipeline", got, "use another model")
 
 
-def _tokenizer(folder: Path) -> Path:
+def tokenizer_folder(folder: Path) -> Path:
     """The folder, after a check that it holds a tokenizer."""
     there = {file for file in TOKENIZER_FILES if (folder / file).is_file()}
     ok = "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there

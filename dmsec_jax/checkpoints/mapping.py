@@ -18,6 +18,8 @@ from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
 
+Problem = tuple[str, str]
+"""What kind of problem, and the key with it."""
 WEIGHTS = ("kernel", "scale", "embedding")
 
 
@@ -30,12 +32,14 @@ class Rules:
         ignored: regular expressions of whole keys that hold no parameter.
         prefix: written before every canonical key by `to_state` (reading needs a rename for it).
         numbered: names that end in `_<number>` in the checkpoint itself.
+        names: whole key in the checkpoint -> canonical key, where no short rule says it; looked at before `renames`.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     numbered: tuple[str, ...] = ("linear_1", "linear_2")
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 UNET = Rules()
@@ -64,7 +68,11 @@ def to_tree(state: Mapping[str, np.ndarray], rules: Rules, target: Params, name:
     Raises:
         ValueError: as `align`.
     """
-    views = align(state, rules, target, name)
+    return copied(align(state, rules, target, name))
+
+
+def copied(views: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The tree of the views that `align` found, as float32 arrays that own their memory."""
     return unflatten({path: np.array(view, np.float32, order="C") for path, view in views.items()})
 
 
@@ -77,10 +85,21 @@ def align(
         ValueError: one error that lists every missing, unused, mis-shaped, not floating or doubly given key, with found
             and expected shapes.
     """
+    views, problems = compare(state, rules, target)
+    if problems:
+        contract = "exactly the tensors that the configuration asks for"
+        raise complaint(name, contract, problems, "check that config and weights belong together")
+    return views
+
+
+def compare(
+    state: Mapping[str, np.ndarray], rules: Rules, target: Params
+) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    """What `align` finds and what it complains about, for callers that want both."""
     leaves = flatten(target)
     views: dict[str, np.ndarray] = {}
     sources: dict[str, str] = {}
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     for key, tensor in state.items():
         if any(re.fullmatch(pattern, key) for pattern in rules.ignored):
             continue
@@ -97,11 +116,12 @@ def align(
         elif tensor.dtype.kind not in "fV":  # ml_dtypes reports kind V for bfloat16
             problems.append(("not floating point", f"{key} {tensor.dtype}"))
         sources[path], views[path] = key, view
+    spelt = {key: name for name, key in rules.names.items()}
     for path in leaves.keys() - sources.keys():
-        problems.append(("missing", f"{rules.prefix}{key_of(path, rules)} {_torch_shape(path, leaves[path].shape)}"))
-    if problems:
-        raise _complaint(name, problems)
-    return views
+        key = key_of(path, rules)
+        shape = _torch_shape(path, leaves[path].shape)
+        problems.append(("missing", f"{rules.prefix}{spelt.get(key, key)} {shape}"))
+    return views, problems
 
 
 def to_state(params: Params, rules: Rules) -> dict[str, np.ndarray]:
@@ -111,15 +131,27 @@ def to_state(params: Params, rules: Rules) -> dict[str, np.ndarray]:
         ValueError: if two paths would get the same key, or a kernel is neither a matrix nor a 2-D convolution.
     """
     state: dict[str, np.ndarray] = {}
+    spelt = {key: name for name, key in rules.names.items()}
     for path, leaf in flatten(params).items():
-        key = rules.prefix + key_of(path, rules)
+        key = key_of(path, rules)
+        key = rules.prefix + spelt.get(key, key)
         require(key not in state, f"path {path}", "the only one of its key", f"{key} twice", "rename one of the two")
         state[key] = _to_torch(path, np.asarray(leaf))
     return state
 
 
+def complaint(name: str, contract: str, problems: list[Problem], cure: str) -> ValueError:
+    """The one error for all problems, with the whole list."""
+    kinds = sorted({kind for kind, _ in problems})
+    counts = ", ".join(f"{sum(kind == k for k, _ in problems)} {kind}" for kind in kinds)
+    lines = "".join(f"\n  {kind}: {what}" for kind, what in sorted(problems))
+    return fail(name, contract, counts, f"{cure}:{lines}")
+
+
 def canonical(key: str, rules: Rules) -> str:
     """The key in current diffusers spelling."""
+    if key in rules.names:
+        return rules.names[key]
     for pattern, template in rules.renames:
         if match := re.fullmatch(pattern, key):
             return match.expand(template)
@@ -177,12 +209,3 @@ def _to_torch(path: str, leaf: np.ndarray) -> np.ndarray:
 
 def _torch_shape(path: str, shape: tuple[int, ...]) -> list[int]:
     return list(_to_torch(path, np.broadcast_to(np.float32(0), shape)).shape)
-
-
-def _complaint(name: str, problems: list[tuple[str, str]]) -> ValueError:
-    """The one error, with the whole list."""
-    kinds = sorted({kind for kind, _ in problems})
-    counts = ", ".join(f"{sum(kind == k for k, _ in problems)} {kind}" for kind in kinds)
-    lines = "".join(f"\n  {kind}: {what}" for kind, what in sorted(problems))
-    cure = f"check that config and weights belong together:{lines}"
-    return fail(name, "exactly the tensors that the configuration asks for", counts, cure)

@@ -35,7 +35,7 @@ class Config:
     """Tell whether pictures were used to fine-tune a diffusion model, and how sure that is (CGI-DM and membership tests)."""
 
     model: Path
-    """The fine-tuned model, a diffusers folder."""
+    """The fine-tuned model: a diffusers folder, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
     prompt: str
     """The prompt it was, or may have been, fine-tuned with."""
     images: Path
@@ -58,8 +58,8 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     check(cfg.methods, cfg.settings)
     require(0 <= cfg.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", cfg.seed, "choose another")
-    base, tuned = pipeline.load(cfg.base), pipeline.load(cfg.model)
-    pipeline.require_same_architecture(base, tuned)
+    base = pipeline.load(cfg.base)
+    tuned = pipeline.load_tuned(cfg.model, base)
     pictures = images.read_folder(cfg.images, base.pixels)
     non_members = images.read_folder(cfg.non_members, base.pixels) if cfg.non_members else None
     found = authenticate(

@@ -69,7 +69,7 @@ class Config:
     """Extract training pictures from a fine-tuned diffusion model (FineXtract) and show which ones leaked."""
 
     model: Path
-    """The fine-tuned model, a diffusers folder."""
+    """The fine-tuned model: a diffusers folder, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
     prompt: str
     """The prompt it was fine-tuned with."""
     images: Path
@@ -91,8 +91,8 @@ def run(cfg: Config) -> int:
     check(cfg.settings, number_known=cfg.number != 0)
     natural = cfg.number is None or cfg.number >= 0
     require(natural, "number", "0 (unknown) or more", cfg.number, "leave it out to count the pictures in images")
-    base, tuned = pipeline.load(cfg.base), pipeline.load(cfg.model)
-    pipeline.require_same_architecture(base, tuned)
+    base = pipeline.load(cfg.base)
+    tuned = pipeline.load_tuned(cfg.model, base)
     pictures = images.read_folder(cfg.images, base.pixels)
     holdout = images.read_folder(cfg.holdout, base.pixels) if cfg.holdout else None
     number = len(pictures) if cfg.number is None else cfg.number or None

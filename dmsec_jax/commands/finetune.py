@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dmsec_jax import monitoring, pipeline, tuning
 from dmsec_jax.checkpoints import diffusers
+from dmsec_jax.checkpoints.adapter_export import write_lora
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
@@ -73,6 +74,8 @@ SAMPLES = 8
 """Pictures on a sample sheet."""
 FOLDERS = ("checkpoints", "model", "pictures", "samples")
 """What `out` holds."""
+LORA_FILES = {"diffusers": "lora.safetensors", "kohya": "lora-kohya.safetensors"}
+"""What `out` holds besides after LoRA: the factors alone, for `load_lora_weights` and for A1111."""
 
 
 class Inputs(NamedTuple):
@@ -259,8 +262,10 @@ def _write(
     """The model folder, the trained factors and the posterior's deviations where there are any, and the account of the run."""
     pipeline.save(cfg.out / "model", dataclasses.replace(base, params=tuned.params))
     if chosen.lora is not None:
-        note = {"rank": str(chosen.lora.rank), "alpha": str(chosen.lora.alpha or chosen.lora.rank)}
-        _write_tree(cfg.out / "lora.safetensors", tuned.trainable, note)
+        parts = tuned.trainable if cfg.text_encoder else {"unet": tuned.trainable}
+        ratio = 1.0 if chosen.lora.alpha is None else chosen.lora.alpha / chosen.lora.rank
+        for layout, name in LORA_FILES.items():
+            write_lora(cfg.out / name, parts, ratio, layout)
     if tuned.sigma is not None:
         _write_tree(cfg.out / "posterior.safetensors", tuned.sigma, {"holds": "sigma of the trainable tree's leaves"})
     about = _description(chosen, tuned.trainable, tuned.sigma)

@@ -1,0 +1,215 @@
+"""Stable Diffusion 1.x and 2.x in one file (`.safetensors`, or `.ckpt` without running what is in it), as latent diffusion's own code writes it.
+
+Such a file holds neither configs nor tokenizer, and its weights do not tell whether the UNet predicts noise or velocity: both come from the caller,
+or (what is predicted) from the `.yaml` of the same name beside it.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import yaml
+
+from dmsec_jax.checkpoints import ldm, mapping
+from dmsec_jax.checkpoints.adapters import read_state
+from dmsec_jax.checkpoints.diffusers import COMPONENTS, Model, shapes, tokenizer_folder
+from dmsec_jax.checkpoints.io import INTACT, write_tensors
+from dmsec_jax.checkpoints.mapping import Problem, Rules
+from dmsec_jax.core.checks import fail, require
+from dmsec_jax.core.files import read_bounded
+from dmsec_jax.core.types import Params
+from dmsec_jax.models import presets
+from dmsec_jax.models.presets import Preset
+
+Weights = Literal["model", "model_ema"]
+BESIDES = (
+    r"(betas|alphas_cumprod|alphas_cumprod_prev|lvlb_weights|logvar|scale_factor)",
+    r"(sqrt_|log_one_minus_|posterior_).+",
+)
+"""Tables of the noise schedule, which follow from its settings."""
+MAX_YAML = 2**16
+ANOTHER = "name a file of Stable Diffusion 1.x or 2.x"
+CROSS_ATTENTION = re.compile(r"model\.diffusion_model\..+\.attn2\.to_k\.weight")
+
+
+class Part(NamedTuple):
+    """One network inside the file: what stands before its keys, how they are spelt, the tree that they fill."""
+
+    prefix: str
+    rules: Rules
+    target: Params
+
+
+def read_model(
+    path: str | Path,
+    tokenizer: str | Path | None,
+    prediction_type: str | None,
+    weights: Weights = "model",
+) -> Model:
+    """Reads a whole model; its configs are those of SD 1.5 or 2.1, whichever the shapes fit.
+
+    Args:
+        path: the file.
+        tokenizer: folder with the tokenizer's files, for example of a diffusers folder of the same family.
+        prediction_type: "epsilon" or "v_prediction"; None: as the `.yaml` beside the file says.
+        weights: "model_ema" takes the running average of the UNet, in files that have one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the tokenizer or the prediction type is neither given nor known, on a model of another family, or as `read_params`.
+    """
+    path = Path(path)
+    kinds, given = ("epsilon", "v_prediction"), prediction_type or prediction_beside(path)
+    cure = f"pass prediction_type={' or '.join(map(repr, kinds))}, as its author says; weights do not tell"
+    require(given in kinds, f"the prediction type of {path}", " or ".join(kinds), repr(given), cure)
+    cure = "pass tokenizer=, the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
+    require(tokenizer is not None, f"the tokenizer of {path}", "given, since a single file has none", None, cure)
+    state = read(path)
+    preset = preset_of(state, str(path), given)
+    return Model(
+        configs=preset, params=params_of(state, preset, str(path), weights), tokenizer=tokenizer_folder(Path(tokenizer))
+    )
+
+
+def read_params(path: str | Path, preset: Preset, weights: Weights = "model") -> dict[str, Params]:
+    """The parameters of all networks, for known configs: "unet", "vae", "text_encoder" -> nested dict of float32 arrays.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: on a damaged file, NaN or infinity, or tensors that are not exactly those of the configs (one error with the whole list).
+    """
+    return params_of(read(path), preset, str(path), weights)
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of the file under the names of latent diffusion; optimiser states of a training run are left out."""
+    state, _ = read_state(Path(path))
+    nested = "state_dict."
+    inside = {key.removeprefix(nested): tensor for key, tensor in state.items() if key.startswith(nested)}
+    return inside or state
+
+
+def is_single_file(keys: Collection[str]) -> bool:
+    """Whether tensors of these names are a whole model."""
+    return any(key.removeprefix("state_dict.").startswith(ldm.UNET) for key in keys)
+
+
+def preset_of(state: Mapping[str, np.ndarray], name: str, prediction_type: str) -> Preset:
+    """The known configuration whose text width is the file's; one network or another may still differ, which `params_of` then says.
+
+    Raises:
+        ValueError: on another family.
+    """
+    widths = {tensor.shape[1] for key, tensor in state.items() if CROSS_ATTENTION.fullmatch(key) and tensor.ndim == 2}
+    known = {768: {"epsilon": presets.SD15}, 1024: {"epsilon": presets.SD21_BASE, "v_prediction": presets.SD21}}
+    found = ", ".join(map(str, sorted(widths))) or "none"
+    require(
+        len(widths) == 1 and widths <= known.keys(), name, "conditioned on text of width 768 or 1024", found, ANOTHER
+    )
+    (width,) = widths
+    if prediction_type in known[width]:
+        return known[width][prediction_type]
+    (preset,) = known[width].values()
+    scheduler = dict(preset.scheduler) | {"prediction_type": prediction_type}
+    return presets.Preset(unet=preset.unet, vae=preset.vae, text=preset.text, scheduler=scheduler)
+
+
+def params_of(
+    state: Mapping[str, np.ndarray], preset: Preset, name: str, weights: Weights = "model"
+) -> dict[str, Params]:
+    """The parameters that the tensors of a file are; arguments and errors as of `read_params`."""
+    views, problems = compare(state, preset, weights)
+    if problems:
+        contract = "exactly the tensors of the configuration"
+        raise mapping.complaint(name, contract, problems, "name the right base model, or correct the file")
+    for key, tensor in state.items():
+        finite = tensor.dtype.kind not in "fV" or bool(np.isfinite(tensor).all())
+        require(finite, f"tensor {key} of {name}", "finite", "NaN or infinity", INTACT)
+    return {part: mapping.copied(leaves) for part, leaves in views.items()}
+
+
+def compare(
+    state: Mapping[str, np.ndarray], preset: Preset, weights: Weights = "model"
+) -> tuple[dict[str, dict[str, np.ndarray]], list[Problem]]:
+    """Path -> view for each network, and every missing, unused or mis-shaped key."""
+    parts = _parts(preset, weights, open_clip=any(key.startswith(ldm.OPEN_CLIP) for key in state))
+    views: dict[str, dict[str, np.ndarray]] = {}
+    problems: list[Problem] = []
+    taken: set[str] = set()
+    for name, part in parts.items():
+        own = {key.removeprefix(part.prefix): tensor for key, tensor in state.items() if key.startswith(part.prefix)}
+        taken |= {part.prefix + key for key in own}
+        own = ldm.split(own) if part.prefix == ldm.OPEN_CLIP else own
+        views[name], wrong = mapping.compare(own, part.rules, part.target)
+        problems += [(kind, part.prefix + what) for kind, what in wrong]
+    spare = (ldm.EMA, ldm.UNET)  # the other copy of the UNet
+    for key in state.keys() - taken:
+        if not key.startswith(spare) and not any(re.fullmatch(pattern, key) for pattern in BESIDES):
+            problems.append(("unused", f"{key} {list(state[key].shape)}"))
+    return views, problems
+
+
+def write_model(
+    path: str | Path,
+    configs: Preset,
+    params: Mapping[str, Params],
+    dtype: str = "float16",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes all networks as one safetensors file, which A1111, ComfyUI and diffusers' `from_single_file` read.
+
+    A text encoder with exact GELU is written as OpenCLIP (Stable Diffusion 2), another as CLIP. The file does not tell what the UNet predicts.
+
+    Raises:
+        ValueError: if parameters do not fit their config, or a weight overflows `dtype`.
+        OSError: if the file cannot be written.
+    """
+    tensors: dict[str, Any] = {}
+    for name, part in _parts(configs, "model", open_clip=configs.text.hidden_act == "gelu").items():
+        state = mapping.to_state(params[name], part.rules)
+        mapping.align(state, part.rules, part.target, f"params[{name!r}]")
+        if part.prefix == ldm.OPEN_CLIP:
+            state = ldm.join(state)
+        if name == "vae":  # there attention is made of 1x1 convolutions
+            flat = lambda key, t: ".attn_1." in key and t.ndim == 2
+            state = {key: t[:, :, None, None] if flat(key, t) else t for key, t in state.items()}
+        tensors |= {part.prefix + key: tensor for key, tensor in state.items()}
+    write_tensors(path, tensors, dtype=dtype, metadata={"format": "pt"} | dict(metadata or {}))
+
+
+def _parts(preset: Preset, weights: Weights, *, open_clip: bool) -> dict[str, Part]:
+    targets = {name: shapes(name, getattr(preset, component.field)) for name, component in COMPONENTS.items()}
+    if weights not in ("model", "model_ema"):
+        raise fail("weights", "'model' or 'model_ema'", repr(weights), "choose one of them")
+    prefix, rules = (ldm.UNET, ldm.unet_rules) if weights == "model" else (ldm.EMA, ldm.ema_rules)
+    text = targets["text_encoder"]
+    return {
+        "unet": Part(prefix, rules(preset.unet, targets["unet"]), targets["unet"]),
+        "vae": Part(ldm.VAE, ldm.vae_rules(preset.vae, targets["vae"]), targets["vae"]),
+        "text_encoder": Part(ldm.OPEN_CLIP, ldm.open_clip_rules(preset.text, text), text)
+        if open_clip
+        else Part(ldm.CLIP, ldm.CLIP_RULES, text),
+    }
+
+
+def prediction_beside(path: Path) -> str | None:
+    """The prediction type in latent diffusion's config beside the file; noise is its default. None if there is no config.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    config = path.with_suffix(".yaml")
+    if not config.is_file():
+        return None
+    try:
+        content = yaml.safe_load(read_bounded(config, MAX_YAML))
+        kind = content["model"]["params"].get("parameterization", "eps")
+    except (yaml.YAMLError, RecursionError, UnicodeError, KeyError, TypeError, AttributeError) as error:
+        raise fail(str(config), "a config of latent diffusion", str(error)[:200], "correct or remove it") from error
+    known = {"eps": "epsilon", "v": "v_prediction"}
+    require(
+        isinstance(kind, str) and kind in known, f"parameterization of {config}", "eps or v", repr(kind)[:50], ANOTHER
+    )
+    return known[kind]
