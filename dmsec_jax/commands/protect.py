@@ -72,30 +72,45 @@ class Config:
 def run(cfg: Config) -> int:
     """Protects every picture, or those that an interrupted run left, and writes the report."""
     console = Console()
-    began = time.monotonic()
-    settings = settings_of(cfg)
+    check(cfg)
+    files = _files(cfg.images)
+    sizes = {path: shape_of(path, cfg.mask) for path in files}
+    protected = protect(cfg, sizes, pipeline.load(cfg.model), console)
+    report.write(cfg.out, protected)
+    console.print(report.summary(protected), markup=False, highlight=False)
+    console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
+    return 0
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError on options that name nothing or are out of range, before anything is read."""
+    settings_of(cfg)
     for name in cfg.purifiers:
         known = ", ".join(robustness.PURIFIERS)
         require(name in robustness.PURIFIERS, "purifiers", f"of {known}", repr(name), "choose some of them")
-    files = _files(cfg.images)
-    sizes = {path: _checked(path, cfg.mask) for path in files}
-    base = pipeline.load(cfg.model)
+
+
+def protect(
+    cfg: Config, sizes: dict[Path, tuple[int, int, int]], base: pipeline.Pipeline, console: Console
+) -> Protection:
+    """Protects the pictures whose files and shapes are given into `cfg.out`, and judges the result.
+
+    Raises:
+        ValueError: if two files would have one name, and as `protection.protect`.
+    """
+    stems = [path.stem for path in sizes]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    require(not twice, str(cfg.images), "free of pictures that differ in suffix only", ", ".join(twice), "rename them")
+    began, settings, files = time.monotonic(), settings_of(cfg), list(sizes)
     model = protection.model_of(base, cfg.prompt, _target(cfg.target, base.pixels))
-    origin = _origin(cfg, base)
-    seconds = {"reading": time.monotonic() - began}
-    began = time.monotonic()
-    _protect_all(cfg, files, sizes, model, settings, origin, console)
-    seconds["protection"] = time.monotonic() - began
+    _protect_all(cfg, files, sizes, model, settings, _origin(cfg, base), console)
+    seconds = {"protection": time.monotonic() - began}
     began = time.monotonic()
     found = _judged(cfg, files, base, model, settings, console)
     seconds["judgement"] = time.monotonic() - began
     inputs = {"model": base.sha256, **{f"picture {path.name}": sha256(path) for path in files}}
     account = {"command": page.command_line(sys.argv[1:]), "config": config.to_dict(cfg), "seeds": {"seed": cfg.seed}}
-    protected = dataclasses.replace(found, **account, seconds=seconds, inputs=inputs)
-    report.write(cfg.out, protected)
-    console.print(report.summary(protected), markup=False, highlight=False)
-    console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
-    return 0
+    return dataclasses.replace(found, **account, seconds=seconds, inputs=inputs)
 
 
 def settings_of(cfg: Config) -> Settings:
@@ -119,13 +134,10 @@ def _files(folder: Path) -> list[Path]:
     names = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     found = [path for path in names if not images.is_document(path)]
     require(bool(found), str(folder), "a folder with at least one picture", "none", "put pictures in it")
-    stems = [path.stem for path in found]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    require(not twice, str(folder), "free of pictures that differ in suffix only", ", ".join(twice), "rename them")
     return found
 
 
-def _checked(path: Path, mask: Path | None) -> tuple[int, int, int]:
+def shape_of(path: Path, mask: Path | None = None) -> tuple[int, int, int]:
     """The shape of a picture that can be read, with its mask: bad files are named before anything is computed."""
     original = originals.read(path)
     _mask(mask, path, original)
