@@ -28,6 +28,7 @@ FLOOR = {
     "audit": 6,
     "authentication": 6,
     "protection": 6,
+    "surrogates": 6,
     "robustness": 6,
     "cli": 8,
     "__main__": 9,
