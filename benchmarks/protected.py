@@ -17,7 +17,7 @@ from dmsec_jax.core.pgd import Budget
 from dmsec_jax.data.images import from_uint8, to_uint8
 from dmsec_jax.methods import advdm
 
-SEEDS = {"attack": 0, "noise": 1, "loss": 2, "purify": 3}
+SEEDS = {"attack": 0, "noise": 1, "loss": 2, "purify": 3, "detect": 4}
 """Folded into a seed's key: no two uses share random numbers."""
 
 
@@ -87,6 +87,16 @@ class Run:
             views = robustness.PURIFIERS[arm.purifier].apply(self.key("purify"), views, self.base, self.prompt)
             views = np.clip(views, -1, 1)
         return np.concatenate([self.clean[: arm.clean], views[arm.clean :]])
+
+    def suspicion(self, arm: Arm) -> dict[str, np.ndarray]:
+        """Statistic -> how much each picture looks protected [N], to somebody who holds the attacked model."""
+
+        def compute() -> dict[str, np.ndarray]:
+            views = self.views(arm)
+            return robustness.suspicion(self.key("detect"), self.base, self.prompt, views, batch_size=len(views))
+
+        settings = json.dumps([*self.settings, self.steps.get(arm.method)])
+        return harness.kept(self.folder / "suspicion" / f"{arm.name}.npz", settings, compute)
 
     def losses(self, arm: Arm) -> np.ndarray:
         """Held-out loss [N]; of the same draws for every arm."""

@@ -23,6 +23,7 @@ from benchmarks.trained import Training
 from dmsec_jax import pipeline, protection, robustness
 from dmsec_jax.core import config
 from dmsec_jax.data.images import to_uint8
+from dmsec_jax.metrics import evidence
 from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.models import features
 from dmsec_jax.report.result import Row, row_over
@@ -70,7 +71,7 @@ def main(cfg: Config) -> None:
         runs = [Run(functools.partial(train, seed), model, steps, cfg.work) for seed in range(cfg.seeds)]
         results, gains = [], {}
         for run in runs:
-            for found in _loss_rows(cfg, run, gains):
+            for found in (*_loss_rows(cfg, run, gains), *_detection_rows(cfg, run)):
                 results.append({**dataclasses.asdict(found), "seed": run.seed})
             console.print(f"{run.case} seed {run.seed}: {time.monotonic() - began:.0f} s", markup=False)
         rows = harness.over_seeds(results) + _p_values(gains) + _differences(results)
@@ -119,6 +120,22 @@ def _loss_rows(cfg: Config, run: Run, gains: dict) -> list[Row]:
             rows.append(
                 Row(bench="protection", metric=metric, value=value, unit=unit, method=method, case=case, n=cfg.n0)
             )
+    return rows
+
+
+def _detection_rows(cfg: Config, run: Run) -> list[Row]:
+    """How well each statistic tells protected pictures from clean ones, and from noise of the same size."""
+    rows = []
+    for budget, method in itertools.product(cfg.budgets, (*cfg.methods, "noise")):
+        found = run.suspicion(Arm(method, budget))
+        others = {"clean": run.suspicion(CLEAN)} | (
+            {} if method == "noise" else {"noise": run.suspicion(Arm("noise", budget))}
+        )
+        for statistic, (against, null) in itertools.product(found, others.items()):
+            case = run.case | {"budget": budget, "statistic": statistic, "against": against}
+            names = {"bench": "protection", "metric": "detection_AUC", "unit": "share", "method": method}
+            value = evidence.auc(found[statistic], null[statistic]).value
+            rows.append(Row(value=value, n=2 * cfg.n0, case=case, **names))
     return rows
 
 
@@ -219,13 +236,10 @@ def _against(results: list[dict], metric: str) -> list[Row]:
 
 def _write(cfg: Config, rows: list[Row], seconds: float) -> None:
     """Table and JSON."""
-    shown = ("loss_rise", "imitation", "imitation difference", "frechet difference")
-    lines = [
-        [row.metric, *(str(row.case.get(name, "")) for name in ("set", "tuner", "budget", "purifier", "coverage")),
-         row.method, str(row.case.get("against", "")), harness.figure(row)]
-        for row in rows if row.metric in shown
-    ]  # fmt: skip
-    header = ["metric", "set", "tuner", "budget", "purifier", "coverage", "method", "against", "value [95 %]"]
+    shown = ("loss_rise", "detection_AUC", "imitation", "imitation difference", "frechet difference")
+    case = ("set", "tuner", "budget", "purifier", "coverage", "statistic", "against")
+    cells = lambda row: [row.metric, row.method, *(str(row.case.get(name, "")) for name in case), harness.figure(row)]
+    header, lines = ["metric", "method", *case, "value [95 %]"], [cells(row) for row in rows if row.metric in shown]
     print(harness.table(header, lines))
     names = [Path(name).name for name in cfg.sets]
     settings = config.to_dict(cfg) | {"work": "", "sets": names}  # no paths of a machine
