@@ -22,12 +22,11 @@ BASE_SEED = 2**31
 
 def features_of(pictures: np.ndarray) -> np.ndarray:
     """[N, D] of pictures in [-1, 1]; `features.NAME` says which."""
-    cfg, params = features.load()
-    return similarity.embed(pictures, Partial(_pooled, params, cfg=cfg))
+    return similarity.embed(pictures, Partial(_pooled, features.load()[1]))
 
 
-def _pooled(params, images, *, cfg):
-    return features.pooled(cfg, params, images)
+def _pooled(params, images):
+    return features.pooled(features.FeaturesConfig(), params, images)
 
 
 def samples(
@@ -45,7 +44,7 @@ def samples(
             params, key = training.models[max(training.steps)], jax.random.key(training.seed)
         return {"images": to_uint8(pipeline.sample(key, training.base, training.prompt, count, params=params))}
 
-    settings = json.dumps([settings, training.base.sha256, training.prompt, count, max(training.steps)])
+    settings = json.dumps([settings, training.base.sha256, training.prompt, count])
     return from_uint8(harness.kept(work / f"{arm}.npz", settings, compute)["images"])
 
 

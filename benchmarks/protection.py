@@ -193,7 +193,7 @@ def _imitation(cfg: Config, runs: list[Run], tuner: str, tell) -> list[Row]:
     """Fine-tunes on every arm of every seed and judges what the models draw, beside the base model and the artist's own pictures."""
     settings = json.dumps(cfg.set)
     folder = cfg.work / f"{runs[0].case['set']}_base"
-    untuned = imitation.samples(folder, runs[0].training_fn(tuner), None, "samples", cfg.samples, settings)
+    untuned = imitation.samples(folder, runs[0].training_fn(tuner), None, "samples", cfg.samples, "")
     origin, results = imitation.features_of(untuned), []
 
     def add(run: Run, method: str, arm: Arm, drawn: np.ndarray) -> None:
@@ -207,7 +207,7 @@ def _imitation(cfg: Config, runs: list[Run], tuner: str, tell) -> list[Row]:
         add(run, "untuned", CLEAN, origin)
         add(run, "artist", CLEAN, imitation.features_of(run.clean))
     for arm, run in itertools.product(_arms(cfg), runs):
-        place = run.folder / f"imitation-{tuner}"
+        place = run.folder / f"imitation-{tuner}-{cfg.tuning_steps}"
         own = json.dumps([settings, *run.settings, run.steps.get(arm.method)])
         views = run.views(arm)
         drawn = imitation.samples(place, run.training_fn(tuner), views, arm.name, cfg.samples, own)

@@ -91,12 +91,14 @@ def held_out_loss(
 
 
 def suspicion(key, base: Pipeline, prompt: str, views: Views, **options) -> dict[str, Float[np.ndarray, "N"]]:
-    """How much each picture looks protected against this model, by statistic of `methods.detection`; smoothing is a blur of one pixel.
+    """How much each picture looks protected against this model, by statistic of `methods.detection`.
+
+    Smoothing is a JPEG of quality 75, chosen over a blur on ten OpenMoji pictures: a blur takes away too much that is the picture's own.
 
     Args:
         options: as `held_out_loss`.
     """
-    smoothed = purify.blur(views, 1.0)
+    smoothed = purify.jpeg(views, 75)
     before, after = (held_out_loss(key, base, prompt, part, **options) for part in (views, smoothed))
     encode = lambda x: pipeline.encode(base, x)[0]
     return {

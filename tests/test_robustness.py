@@ -83,3 +83,12 @@ def test_purifying_with_the_autoencoder_is_its_round_trip(tiny_pipeline, views):
     found = robustness.PURIFIERS["autoencoder"].apply(KEY, views, tiny_pipeline, "a red dog")
     latents, _ = pipeline.encode(tiny_pipeline, views)
     np.testing.assert_allclose(found, pipeline.decode(tiny_pipeline, latents), atol=1e-5)
+
+
+def test_suspicion_is_both_statistics_of_a_picture_and_its_jpeg(tiny_pipeline, views):
+    options = {"num_draws": 4, "batch_size": 2}
+    found = robustness.suspicion(KEY, tiny_pipeline, "a red dog", views, **options)
+    assert {name: values.shape for name, values in found.items()} == {"encoder-response": (4,), "loss-response": (4,)}
+    smoothed = robustness.PURIFIERS["jpeg"].apply(KEY, views, tiny_pipeline, "")
+    losses = [robustness.held_out_loss(KEY, tiny_pipeline, "a red dog", part, **options) for part in (views, smoothed)]
+    np.testing.assert_allclose(found["loss-response"], np.log(losses[0] / losses[1]), rtol=1e-4, atol=1e-6)
