@@ -5,10 +5,14 @@ import datetime
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import atomic_file
 from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.report.result import Row, device, row_over, versions
 
@@ -49,6 +53,24 @@ def write(bench: str, rows: list[Row], config: dict, seconds: dict[str, float], 
     print(f"\nresults: {path.relative_to(Path(__file__).parents[1])}")
     print(json.dumps({"bench": bench, "rows": len(rows), "file": str(path.name), "seconds": sum(seconds.values())}))
     return path
+
+
+def kept(path: Path, settings: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that `compute` gives, or gave in an earlier run with the same settings: an interrupted benchmark goes on.
+
+    Raises:
+        ValueError: if the file was made with other settings.
+    """
+    if path.is_file():
+        with np.load(path) as stored:
+            same = str(stored["settings"]) == settings
+            require(same, str(path), "of these settings", "others", "remove it or change --work")
+            return {name: stored[name] for name in stored.files if name != "settings"}
+    found = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        np.savez(file, settings=settings, **found)
+    return found
 
 
 def over_seeds(results: list[dict]) -> list[Row]:

@@ -33,6 +33,9 @@ PUBLIC_ENTRIES = 64 * 64 * 4
 """Latent entries of the model that Mist's rate was chosen for: it weighs a mean against a sum over entries."""
 CHUNK = 10
 """Steps in one compiled call, between which progress is told."""
+Rows = dict[str, np.ndarray | jax.Array]
+"""Tiles, "image" [N, side, side, C] in [-1, 1], and what belongs to each: "mask", "radius", "index"."""
+AttackFn = Callable[..., tuple[jax.Array]]
 
 
 class Method(NamedTuple):
@@ -166,6 +169,7 @@ def protect(
     *,
     batch_size: int | None = None,
     progress: Callable[[int], None] = lambda tiles: None,
+    attack_fn: AttackFn | None = None,
 ) -> list[UInt8[np.ndarray, "H W C"]]:
     """The protected pixels of each picture; results do not depend on what else is in the batch.
 
@@ -173,6 +177,7 @@ def protect(
         jobs: pictures of one number of channels.
         batch_size: tiles at once, `settings.batch_size` by default; a batch is always as large, filled up, so that one program serves all.
         progress: called with the number of tiles that were finished since, as a fraction while a batch is under way.
+        attack_fn: in place of `attack`, with its arguments and result.
 
     Raises:
         ValueError: if the attack diverged.
@@ -185,14 +190,14 @@ def protect(
     )  # `pipeline.batched` fills up all batches but a short first one
     rows = {name: part[filled] for name, part in rows.items()}
     share = count / (-(-len(filled) // size) * size)
-    run = functools.partial(_attack, key, model, settings, lambda tiles: progress(tiles * share))
+    run = functools.partial(attack_fn or attack, key, model, settings, lambda tiles: progress(tiles * share))
     found = np.concatenate([np.asarray(delta) for (delta,) in pipeline.batched(run, rows, size)])[:count]
     ends = np.cumsum([len(part["index"]) for part in parts])
     changes = np.split(found, ends[:-1])
     return [_apply(one, delta, settings) for one, delta in zip(jobs, changes, strict=True)]
 
 
-def _rows(one: Job, settings: Settings) -> dict[str, np.ndarray]:
+def _rows(one: Job, settings: Settings) -> Rows:
     """Tiles with all that belongs to them; `radius` in [-1, 1] units, `index` names a tile whatever batch it is in."""
     shown = from_uint8(_resized(one.shown, one.size, Image.Resampling.LANCZOS))
     inside = _resized(one.mask.astype(np.float32), one.size, Image.Resampling.BOX) > 0
@@ -204,27 +209,42 @@ def _rows(one: Job, settings: Settings) -> dict[str, np.ndarray]:
     return {"image": cut, "mask": masks, "radius": radius, "index": index.astype(np.int32)}
 
 
-def _attack(key, model: Model, settings: Settings, progress, rows) -> tuple[jax.Array]:
-    """delta of a batch of tiles."""
-    method, count = METHODS[settings.method], len(rows["index"])
-    cfg = _config(settings, model, rows["radius"])
-    if method.objective_fn is None:
+def attack(key, model: Model, settings: Settings, progress, rows: Rows) -> tuple[jax.Array]:
+    """delta of a batch of tiles; the control where the method has no objective."""
+    count = len(rows["index"])
+    if METHODS[settings.method].objective_fn is None:
         progress(count)
+        cfg = _config(settings, model, rows["radius"])
         return (_control(key, rows["image"], rows["mask"], rows["index"], cfg),)
-    target = model.target if method.targeted else jnp.float32(0)
-    options = {"encode_fn": model.encode_fn, "eps_fn": model.eps_fn, "schedule": model.schedule}
-    options |= {"objective_fn": method.objective_fn, "draw_fn": draws.stratified_draw}
-    key_start = jax.random.fold_in(key, settings.steps)
-    state = _init(key_start, rows["image"], rows["mask"], rows["index"], cfg)
+    state = begin(key, model, settings, rows)
     for done in range(0, settings.steps, CHUNK):
         steps = min(CHUNK, settings.steps - done)
-        state, info = _advance(
-            key, state, rows["image"], rows["mask"], target, model.params, cfg, num_steps=steps, **options
-        )
-        finite = bool(jax.device_get(info.finite).all())
-        require(finite, "gradient", "finite", f"NaN at step {done + steps}", "check the model and the picture")
+        state = advance(key, model, settings, rows, state, steps)
         progress(count * steps / settings.steps)
     return (state.attack.delta,)
+
+
+def begin(key, model: Model, settings: Settings, rows: Rows) -> advdm.State:
+    """The attack on a batch of tiles before its first step."""
+    key_start = jax.random.fold_in(key, settings.steps)
+    return _init(key_start, rows["image"], rows["mask"], rows["index"], _config(settings, model, rows["radius"]))
+
+
+def advance(key, model: Model, settings: Settings, rows: Rows, state: advdm.State, num_steps: int) -> advdm.State:
+    """`num_steps` on from a state, whose buffers are reused.
+
+    Raises:
+        ValueError: if a gradient is not finite.
+    """
+    method, cfg = METHODS[settings.method], _config(settings, model, rows["radius"])
+    target = model.target if method.targeted else jnp.float32(0)
+    options = {"encode_fn": model.encode_fn, "eps_fn": model.eps_fn, "schedule": model.schedule}
+    options |= {"objective_fn": method.objective_fn, "draw_fn": draws.stratified_draw, "num_steps": num_steps}
+    state, info = _advance(key, state, rows["image"], rows["mask"], target, model.params, cfg, **options)
+    finite = bool(jax.device_get(info.finite).all())
+    done = int(state.attack.i)
+    require(finite, "gradient", "finite", f"NaN at step {done}", "check the model and the picture")
+    return state
 
 
 def _config(settings: Settings, model: Model, radius) -> advdm.Config:

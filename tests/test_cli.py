@@ -81,7 +81,7 @@ def test_demo_trains_on_all_pictures_where_hold_outs_are_given(tmp_path):
 def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory, tmp_path):
     pictures = folder_of(tmp_path_factory.mktemp("more"), 6)
     model = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--number", "4"]
-    fast = ["--membership.num-steps", "2", "--membership.num-draws", "2", "--membership.tile", "2"]
+    fast = ["--membership.num-steps", "2", "--membership.num-draws", "2", "--membership.tile", "2", "--protected", "2"]
     assert cli.main(["demo", *model, "--out", str(tmp_path), *STEPS, *SMALL, *fast]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     found = {row["method"] for row in result["rows"] if row["metric"] == "AS"}
@@ -90,6 +90,12 @@ def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory
     assert {row["n"] for row in holdouts if row["value"] is not None} == {2}
     assert all(row["case"]["n0"] == 4 for row in result["rows"])
     assert (tmp_path / "model" / "model_index.json").is_file()
+    assert any("protection/report.html" in note for note in result["notes"])
+    protection = json.loads((tmp_path / "protection" / "result.json").read_text())
+    rises = [row for row in protection["rows"] if row["metric"] == "loss_rise"]
+    assert [row["case"]["purifier"] for row in rises] == ["none", *demo.PURIFIERS]
+    assert all(row["n"] == 2 and np.isfinite(row["value"]) for row in rises)
+    assert (tmp_path / "protection" / "report.html").is_file()
 
 
 @pytest.mark.slow  # compiles for long

@@ -29,6 +29,7 @@ FLOOR = {
     "authentication": 6,
     "discovery": 6,
     "protection": 6,
+    "surrogates": 6,
     "robustness": 6,
     "monitoring": 6,
     "tuning": 6,

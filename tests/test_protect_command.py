@@ -109,6 +109,18 @@ def test_masks_protect_only_there(pictures, options, tmp_path):
     assert not changed[:, 10:].any()
 
 
+@pytest.mark.parametrize("surrogate", ["fsmg", "aspl"])
+def test_a_model_that_learns_can_be_attacked_and_the_report_says_so(pictures, whole, options, tmp_path, surrogate):
+    cfg = protect.Config(images=pictures, out=tmp_path, surrogate=surrogate, surrogate_steps=2, **options)
+    assert protect.run(cfg) == 0
+    before, plain, found = (
+        read(folder / "colour.png") for folder in (pictures, whole / "pictures", tmp_path / "pictures")
+    )
+    assert 1 <= np.abs(found - before).max() <= 8
+    assert (found != plain).any()
+    assert any(surrogate in note for note in json.loads((tmp_path / "result.json").read_text())["notes"])
+
+
 def test_bad_input_is_named_before_anything_is_written(tiny_folder, pictures, tmp_path, capsys):
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -121,4 +133,6 @@ def test_bad_input_is_named_before_anything_is_written(tiny_folder, pictures, tm
     assert "budget must be" in capsys.readouterr().err
     assert cli.main([*start, str(pictures), "--purifiers", "magic"]) == 1
     assert "'magic'" in capsys.readouterr().err
+    assert cli.main([*start, str(pictures), "--surrogate", "aspl", "--method", "noise"]) == 1
+    assert "surrogate must be none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

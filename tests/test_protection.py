@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from dmsec_jax import protection
+from dmsec_jax import pipeline, protection, robustness
+from dmsec_jax.commands.demo import PICTURES
 from dmsec_jax.core.pgd import Budget
+from dmsec_jax.data import images
 from dmsec_jax.protection import Settings
 
 pytestmark = pytest.mark.slow  # compiles the gradient through both networks
@@ -118,6 +120,26 @@ def test_every_method_runs_and_changes_something_else(model):
         (saved,) = protection.protect(KEY, model, [job(picture(16, 16), settings)], settings)
         found[name] = saved.tobytes()
     assert len(set(found.values())) == len(protection.METHODS)
+
+
+@pytest.mark.slow
+def test_advdm_raises_the_held_out_loss_of_the_embedded_model_and_noise_does_not():
+    """On twenty pictures and draws that the attack did not see, by more than five standard errors of the paired difference."""
+    base = pipeline.load()
+    prompt, pictures = (
+        "an openmoji icon of an animal",
+        images.read_folder(PICTURES / "holdout", base.pixels).images[:20],
+    )
+    attacked, loss = protection.model_of(base, prompt), {}
+    for name in ("advdm", "noise"):
+        settings = Settings(method=name, num_steps=10, batch_size=10)
+        jobs = [protection.job(one, one, None, base.pixels, settings) for one in images.to_uint8(pictures)]
+        saved = np.stack(protection.protect(KEY, attacked, jobs, settings))
+        views = images.from_uint8(saved)
+        loss[name] = robustness.held_out_loss(jax.random.key(1), base, prompt, views, num_draws=16, batch_size=10)
+    gain = loss["advdm"] - loss["noise"]
+    assert len(gain) == 20
+    assert gain.mean() > 5 * gain.std(ddof=1) / np.sqrt(len(gain))
 
 
 def test_bad_settings_are_refused():

@@ -1,6 +1,9 @@
-"""`dmsec demo`: the whole story. Fine-tune the embedded model on ten pictures, extract them again, tell that they were used: one page for each."""
+"""`dmsec demo`: the whole story. Fine-tune the embedded model on ten pictures, extract them again, tell that they were used, and see what
+protecting them is worth: one page for each."""
 
+import contextlib
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from rich.console import Console
 
 from dmsec_jax import pipeline, tuning
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import authenticate, extract
+from dmsec_jax.commands import authenticate, extract, protect
 from dmsec_jax.commands.extract import Settings
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
@@ -18,18 +21,21 @@ from dmsec_jax.data.images import ImageSet
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.report import authentication as authentication_report
 from dmsec_jax.report import extraction as report
+from dmsec_jax.report import protection as protection_report
 from dmsec_jax.report.authentication_verdict import verdict
 from dmsec_jax.report.training_data import Course, Sheet
 
 PICTURES = pipeline.EMBEDDED.parent / "openmoji-animals"
 TRAINED = 10
 """Pictures trained on, by default."""
+PURIFIERS = ("jpeg", "blur", "autoencoder", "noisy-upscaling")
+"""Tried on the protected pictures: two for everybody, two that take the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fine-tune a model on a few pictures by an artist it has never seen, extract them from it, and prove that they were used (about six minutes
-    on two cores)."""
+    """Fine-tune a model on a few pictures by an artist it has never seen, extract them from it, prove that they were used, and protect them
+    (about seven minutes on two cores)."""
 
     images: Path | None = None
     """Your own pictures; default: animals by OpenMoji, which the embedded model has never seen."""
@@ -53,10 +59,13 @@ class Config:
     """How many hold-outs the authentication compares with, at most; 0 leaves it out."""
     membership: authenticate.Settings = authenticate.Settings(cgi_draws=1)
     """Settings of the authentication."""
+    protected: int = 6
+    """How many of the pictures are protected, at most; 0 leaves it out."""
 
 
 def run(cfg: Config) -> int:
-    """Writes `out/model`, `out/result.json`, `out/report.html`, pictures, and the same in `out/authentication`; prints a one-screen summary."""
+    """Writes `out/model`, `out/result.json`, `out/report.html`, pictures, and results and reports in `out/authentication` and `out/protection`;
+    prints a one-screen summary."""
     console = Console()
     began = time.monotonic()
     extract.check(cfg.settings)
@@ -93,14 +102,19 @@ def run(cfg: Config) -> int:
     )
     name = PICTURES.name if cfg.images is None else cfg.images.name
     case = {"set": name, "tuner": tuning.tuner_of(chosen), "steps": chosen.tune.num_steps}
-    report.write(cfg.out, found, case)
-    pages = [cfg.out / "report.html"]
-    headline = ""
-    if holdout is not None and cfg.compared > 0:
+    compared = holdout is not None and cfg.compared > 0
+    others = [name for name, wanted in (("authentication", compared), ("protection", cfg.protected > 0)) if wanted]
+    links = tuple(f"The {name} of these pictures: {name}/report.html, {name}/result.json." for name in others)
+    report.write(cfg.out, dataclasses.replace(found, notes=(*found.notes, *links)), case)
+    headlines = []
+    if compared:
         some = images.split(holdout, cfg.compared)[0]
-        headline = _authenticate(cfg, Subject(base, tuned.params, prompt), pictures, some, found, case, console)
-        pages.append(cfg.out / "authentication" / "report.html")
-    console.print(report.summary(found), headline, sep="\n\n", markup=False, highlight=False)
+        subject = Subject(base, tuned.params, prompt)
+        headlines.append(_authenticate(cfg, subject, pictures, some, found, case, console))
+    if cfg.protected > 0:
+        headlines.append(_protect(cfg, base, prompt, pictures, console))
+    console.print(report.summary(found), *headlines, sep="\n\n", markup=False, highlight=False)
+    pages = [cfg.out / name / "report.html" for name in ("", *others)]
     console.print(f"\n{time.monotonic() - began:.0f} s in all. Open {' and '.join(map(str, pages))}", markup=False)
     return 0
 
@@ -124,6 +138,27 @@ def _authenticate(cfg: Config, subject, pictures, holdout, extracted, case, cons
     )
     authentication_report.write(folder, found, {**case, "n0": len(pictures)})
     return verdict(found).headline
+
+
+def _protect(cfg: Config, base: pipeline.Pipeline, prompt: str, pictures: ImageSet, console: Console) -> str:
+    """Protects some of the pictures against the model as it was before the fine-tuning, writes the page and returns its headline."""
+    chosen = protect.Config(
+        images=cfg.images or PICTURES / "member",
+        out=cfg.out / "protection",
+        model=cfg.model,
+        prompt=prompt,
+        purifiers=PURIFIERS,
+        seed=cfg.settings.seed,
+    )
+    sizes = {}
+    for path in {Path(name).stem: chosen.images / name for name in pictures.names}.values():
+        with contextlib.suppress(ValueError):  # an animation can be trained on but not protected
+            sizes[path] = protect.shape_of(path)
+    sizes = dict(itertools.islice(sizes.items(), cfg.protected))
+    require(bool(sizes), str(chosen.images), "a folder of pictures to protect", "none", "set protected to 0")
+    found = protect.protect(chosen, sizes, base, console)
+    protection_report.write(chosen.out, found)
+    return protection_report.headline(found)
 
 
 def _pictures(cfg: Config, pixels: int) -> tuple[ImageSet, ImageSet | None]:

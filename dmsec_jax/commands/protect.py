@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from dmsec_jax import pipeline, protection, robustness
+from dmsec_jax import pipeline, protection, robustness, surrogates
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.files import read_json, sha256, write_json
@@ -62,6 +62,12 @@ class Config:
     """A picture, or a folder of pictures of the same names: white where the picture may change."""
     target: Path | None = None
     """Picture that mist, textural, sdst and ace pull to; default: a checkerboard."""
+    surrogate: Literal["none", "fsmg", "aspl"] = "none"
+    """What is attacked: the model as it is; or the model fine-tuned on the pictures for `surrogate_steps` steps (fsmg), as long as an imitator
+    would take; or the model as it learns, in alternation with the attack (aspl): about three times as long as without, and all pictures of one
+    number of channels in memory at once."""
+    surrogate_steps: int = 400
+    """Of the fine-tuning with fsmg."""
     purifiers: tuple[str, ...] = tuple(robustness.PURIFIERS)
     """Which purifiers to try on the result."""
     batch_size: int = 16
@@ -72,30 +78,49 @@ class Config:
 def run(cfg: Config) -> int:
     """Protects every picture, or those that an interrupted run left, and writes the report."""
     console = Console()
-    began = time.monotonic()
-    settings = settings_of(cfg)
+    check(cfg)
+    files = _files(cfg.images)
+    sizes = {path: shape_of(path, cfg.mask) for path in files}
+    protected = protect(cfg, sizes, pipeline.load(cfg.model), console)
+    report.write(cfg.out, protected)
+    console.print(report.summary(protected), markup=False, highlight=False)
+    console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
+    return 0
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError on options that name nothing or are out of range, before anything is read."""
+    settings_of(cfg)
+    attacks = cfg.surrogate == "none" or cfg.method != "noise"
+    require(attacks, "surrogate", "none with the control", cfg.surrogate, "choose a method that attacks")
+    require(cfg.surrogate_steps >= 1, "surrogate_steps", "at least 1", cfg.surrogate_steps, "raise it")
     for name in cfg.purifiers:
         known = ", ".join(robustness.PURIFIERS)
         require(name in robustness.PURIFIERS, "purifiers", f"of {known}", repr(name), "choose some of them")
-    files = _files(cfg.images)
-    sizes = {path: _checked(path, cfg.mask) for path in files}
-    base = pipeline.load(cfg.model)
+
+
+def protect(
+    cfg: Config, sizes: dict[Path, tuple[int, int, int]], base: pipeline.Pipeline, console: Console
+) -> Protection:
+    """Protects the pictures whose files and shapes are given into `cfg.out`, and judges the result.
+
+    Raises:
+        ValueError: if two files would have one name, and as `protection.protect`.
+    """
+    stems = [path.stem for path in sizes]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    require(not twice, str(cfg.images), "free of pictures that differ in suffix only", ", ".join(twice), "rename them")
+    began, settings, files = time.monotonic(), settings_of(cfg), list(sizes)
     model = protection.model_of(base, cfg.prompt, _target(cfg.target, base.pixels))
-    origin = _origin(cfg, base)
-    seconds = {"reading": time.monotonic() - began}
-    began = time.monotonic()
-    _protect_all(cfg, files, sizes, model, settings, origin, console)
-    seconds["protection"] = time.monotonic() - began
+    attacked = _fine_tuned(cfg, files, base, model, console) if cfg.surrogate == "fsmg" else model
+    _protect_all(cfg, files, sizes, base, attacked, settings, console)
+    seconds = {"protection": time.monotonic() - began}
     began = time.monotonic()
     found = _judged(cfg, files, base, model, settings, console)
     seconds["judgement"] = time.monotonic() - began
     inputs = {"model": base.sha256, **{f"picture {path.name}": sha256(path) for path in files}}
     account = {"command": page.command_line(sys.argv[1:]), "config": config.to_dict(cfg), "seeds": {"seed": cfg.seed}}
-    protected = dataclasses.replace(found, **account, seconds=seconds, inputs=inputs)
-    report.write(cfg.out, protected)
-    console.print(report.summary(protected), markup=False, highlight=False)
-    console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
-    return 0
+    return dataclasses.replace(found, **account, seconds=seconds, inputs=inputs)
 
 
 def settings_of(cfg: Config) -> Settings:
@@ -119,13 +144,10 @@ def _files(folder: Path) -> list[Path]:
     names = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     found = [path for path in names if not images.is_document(path)]
     require(bool(found), str(folder), "a folder with at least one picture", "none", "put pictures in it")
-    stems = [path.stem for path in found]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    require(not twice, str(folder), "free of pictures that differ in suffix only", ", ".join(twice), "rename them")
     return found
 
 
-def _checked(path: Path, mask: Path | None) -> tuple[int, int, int]:
+def shape_of(path: Path, mask: Path | None = None) -> tuple[int, int, int]:
     """The shape of a picture that can be read, with its mask: bad files are named before anything is computed."""
     original = originals.read(path)
     _mask(mask, path, original)
@@ -170,9 +192,21 @@ def output_of(out: Path, path: Path, original: Original) -> Path:
     return out / "pictures" / f"{path.stem}{path.suffix if short else original.suffix}"
 
 
-def _protect_all(cfg, files, sizes, model, settings: Settings, origin: str, console: Console) -> None:
+def _fine_tuned(cfg: Config, files, base, model: protection.Model, console: Console) -> protection.Model:
+    """The model after an imitator's training on the pictures as they are."""
+    views = np.stack([robustness.view(originals.read(path).shown, base.pixels) for path in files])
+    with console.status(f"fine-tuning the model to attack for {cfg.surrogate_steps} steps"):
+        network = surrogates.fsmg(jax.random.key(cfg.seed), base, views, _surrogate(cfg))
+    return model._replace(params={**model.params, "unet": network})
+
+
+def _surrogate(cfg: Config) -> surrogates.Surrogate:
+    return surrogates.Surrogate(prompt=cfg.prompt, steps=cfg.surrogate_steps)
+
+
+def _protect_all(cfg, files, sizes, base, model, settings: Settings, console: Console) -> None:
     """Protects what is not there yet, in groups that fill a batch; after each group the pictures and the progress file are on disk."""
-    place = cfg.out / PROGRESS
+    place, origin = cfg.out / PROGRESS, _origin(cfg, base)
     done = read_json(place) if place.exists() else {}
     done = done.get("pictures", {}) if done.get("origin") == origin else {}
     made = lambda path: done.get(path.name) == sha256(path) and list((cfg.out / "pictures").glob(f"{path.stem}.*"))
@@ -182,7 +216,11 @@ def _protect_all(cfg, files, sizes, model, settings: Settings, origin: str, cons
     counts = {
         path: len(protection.job(*_blank(sizes[path]), None, model.pixels, settings).where.corners) for path in files
     }
-    batch = min(settings.batch_size, sum(counts.values()))
+    batch, attack_fn = min(settings.batch_size, sum(counts.values())), None
+    if cfg.surrogate == "aspl" and left:  # what one picture becomes depends on all: they are done together, or again
+        left, batch = files, sum(counts.values())
+        steps = {"begin_fn": protection.begin, "advance_fn": protection.advance}
+        attack_fn = surrogates.aspl(base, _surrogate(cfg), **steps)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("protecting", total=sum(counts[path] for path in left))
         for group in groups(left, counts, sizes, batch):
@@ -192,7 +230,8 @@ def _protect_all(cfg, files, sizes, model, settings: Settings, origin: str, cons
                 for path, one in zip(group, opened, strict=True)
             ]
             tell = lambda tiles: progress.advance(task, tiles)
-            options = {"batch_size": batch, "progress": tell}
+            size = batch if attack_fn is None else sum(counts[path] for path in group)
+            options = {"batch_size": size, "progress": tell, "attack_fn": attack_fn}
             pixels = protection.protect(jax.random.key(cfg.seed), model, jobs, settings, **options)
             for path, one, changed in zip(group, opened, pixels, strict=True):
                 originals.save(output_of(cfg.out, path, one), one, changed)
@@ -261,5 +300,14 @@ def _judged(cfg: Config, files, base, model, settings: Settings, console: Consol
         clean=stacked["clean"],
         protected=stacked["protected"],
         losses=losses,
-        notes=tuple(notes),
+        notes=(*notes, *_remarks(cfg)),
     )
+
+
+def _remarks(cfg: Config) -> list[str]:
+    """What a reader of the losses must know of the model that was attacked."""
+    if cfg.surrogate == "none":
+        return []
+    return [
+        f"The attacked model had been fine-tuned ({cfg.surrogate}); the losses are those of the model as it was before."
+    ]

@@ -1,0 +1,104 @@
+"""The report of a protection: it claims what was measured, in the words of the measurement, and no more."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dmsec_jax.metrics.protection import Change
+from dmsec_jax.report import protection as report
+from dmsec_jax.report import result
+from dmsec_jax.report.protection import Protected, Protection
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}&amp;\u202e\x1b[2J"
+CLEAN = np.array([0.20, 0.30, 0.25, 0.40, 0.35, 0.22])
+WOBBLE = np.array([0.01, -0.01, 0.02, 0.0, -0.02, 0.01])
+
+
+def losses(protected, noise=0.02):
+    """Losses whose relative rises are as given, up to a wobble from picture to picture."""
+    return {"clean": CLEAN, "protected": CLEAN * (1 + protected + WOBBLE), "noise": CLEAN * (1 + noise)}
+
+
+def run(made, measured=None, count=6, **changes):
+    measured = measured or {"": losses(0.5), "jpeg": losses(0.3), "blur": losses(0.02)}
+    part = {name: {kind: values[:count] for kind, values in kinds.items()} for name, kinds in measured.items()}
+    change = Change(largest=8, psnr=34.5, ssim=0.9, lpips=np.nan)
+    pictures = tuple(
+        Protected(name=f"mine-{i}.jpg", size=(64, 48, 3), file=f"mine-{i}.png", change=change) for i in range(count)
+    )
+    fields = {
+        "method": "advdm",
+        "budget": 8.0,
+        "norm": "linf",
+        "scale": "model",
+        "model": "nano",
+        "prompt": "a painting",
+        "pictures": pictures,
+        "clean": made.pictures(count),
+        "protected": made.pictures(count, 1),
+        "losses": part,
+        "command": "dmsec protect --seed 0",
+    }
+    return Protection(**(fields | changes))
+
+
+def test_effects_are_rises_relative_to_the_clean_pictures_after_the_same_purifier(made):
+    first, jpeg, blur = report.effects(run(made))
+    assert first.protected == pytest.approx(0.5 + WOBBLE.mean())
+    assert first.noise == pytest.approx(0.02)
+    assert first.beyond.value == pytest.approx(0.48 + WOBBLE.mean())
+    assert [first.real, jpeg.real, blur.real] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("measured", "count", "said"),
+    [
+        ({"": losses(0.5), "jpeg": losses(0.3), "blur": losses(0.02)}, 6, "the best of 2 purifiers leaves 0% beyond"),
+        ({"": losses(0.5), "jpeg": losses(0.3), "blur": losses(0.02)}, 6, "1 leave nothing"),
+        ({"": losses(0.5)}, 6, "no purifier was tried"),
+        ({"": losses(0.02)}, 6, "No protection was measured"),
+        ({"": losses(-0.2)}, 6, "No protection was measured"),
+        ({"": losses(0.5)}, 1, "cannot tell protection from chance"),
+    ],
+)
+def test_the_headline_promises_nothing_that_was_not_measured(made, measured, count, said):
+    assert said in report.headline(run(made, measured, count))
+
+
+def test_page_and_summary_caution_and_show_every_effect(made):
+    chosen = run(made)
+    words = made.seen(report.page(chosen)).words
+    for text in (report.headline(chosen), report.CAUTION, "nothing: as saved", "jpeg", "blur", "mine-5.jpg"):
+        assert text in words
+    assert words.count("nothing beyond noise") == 1
+    summary = report.summary(chosen)
+    assert "as saved" in summary
+    assert f"{100 * report.effects(chosen)[1].beyond.value:+.1f} %" in summary
+
+
+def test_rows_name_purifier_and_budget_and_leave_out_what_could_not_be_measured(made):
+    found = report.rows(run(made), {"set": "mine"})
+    rise = [row for row in found if row.metric == "loss_rise"]
+    assert [row.case["purifier"] for row in rise] == ["none", "jpeg", "blur"]
+    assert all(row.low < row.value < row.high and row.n == 6 and row.case["budget"] == 8 for row in rise)
+    (lpips,) = [row for row in found if row.metric == "lpips"]
+    assert (lpips.value, lpips.n) == (None, 0)
+
+
+def test_hostile_texts_are_shown_and_never_run(made):
+    names = dict.fromkeys(("method", "model", "prompt", "command"), HOSTILE)
+    chosen = run(made, {"": losses(0.5), HOSTILE: losses(0.1)}, notes=(HOSTILE,), **names)
+    pictures = tuple(dataclasses.replace(picture, name=HOSTILE) for picture in chosen.pictures)
+    page = made.seen(report.page(dataclasses.replace(chosen, pictures=pictures)))
+    assert len(page.all("script")) <= 1
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert not [a for a in page.all("img") if not a["src"].startswith("data:image/png;base64,")]
+
+
+def test_what_is_written_reads_back(made, tmp_path):
+    written = report.write(tmp_path, run(made))
+    again = result.read(tmp_path / "result.json")
+    assert again.rows == written.rows
+    assert again.details["losses"]["none"]["clean"] == pytest.approx(list(CLEAN))
+    assert "beyond noise" in (tmp_path / "report.html").read_text()
