@@ -128,7 +128,10 @@ class SPOT(BaseEstimator):
         report("orientations", 1, 1)
         self.names_, self.feature_names_in_ = table.names, np.array(table.names, dtype=object)
         self.n_features_in_, self.num_rows_ = size, rows
-        self.notes_ = _notes(table, posterior, self.transform, self.bics_, self.marks_)
+        self.notes_ = (
+            *_notes(table, posterior, self.transform, self.bics_, self.marks_),
+            *_agreement(self.edge_probabilities_, self.mag_),
+        )
         return self
 
 
@@ -246,3 +249,14 @@ def _notes(table: Table, posterior: Posterior, transform: str, bics, marks) -> t
             f"{different} of {len(marks)} starts of the search ended in another graph; the one of the lowest BIC is shown."
         )
     return tuple(notes)
+
+
+def _agreement(probability, mag) -> tuple[str, ...]:
+    """A sentence where the search's graph and the probabilities are of different density."""
+    expected, found = float(np.triu(probability, 1).sum()), int(np.triu(mag != 0, 1).sum())
+    if 0.75 * expected <= found <= 1.33 * expected + 1:
+        return ()
+    return (
+        f"The probabilities expect {expected:.0f} links, the graph that fits best has {found}: the two disagree, as they do where effects are not "
+        "linear or the search has not found the best graph. Trust links that both have.",
+    )
