@@ -63,9 +63,9 @@ class Config:
     target: Path | None = None
     """Picture that mist, textural, sdst and ace pull to; default: a checkerboard."""
     surrogate: Literal["none", "fsmg", "aspl"] = "none"
-    """What is attacked: the model as it is; or the model fine-tuned on the pictures for `surrogate_steps` steps (fsmg), as long as an imitator
-    would take; or the model as it learns, in alternation with the attack (aspl): about three times as long as without, and all pictures of one
-    number of channels in memory at once."""
+    """What is attacked: the model as it is; or the model fine-tuned on the pictures for `surrogate_steps` steps of four (fsmg); or the model as it
+    learns, in alternation with the attack (aspl), which adds to every six steps of the attack six training steps of four pictures, and holds all
+    pictures of one number of channels in memory at once."""
     surrogate_steps: int = 400
     """Of the fine-tuning with fsmg."""
     purifiers: tuple[str, ...] = tuple(robustness.PURIFIERS)
