@@ -23,7 +23,7 @@ import pytest
 import dmsec_jax.methods
 
 TESTS = Path(__file__).parents[1]
-COLLECTIONS = {"__init__", "membership", "purify"}  # short functions of several papers, without a state
+COLLECTIONS = {"__init__", "detection", "membership", "purify"}  # short functions of several papers, without a state
 METHODS = sorted(p.stem for p in Path(dmsec_jax.methods.__path__[0]).glob("*.py") if p.stem not in COLLECTIONS)
 methods = pytest.mark.parametrize("name", METHODS)
 
