@@ -128,6 +128,7 @@ def audited(tiny_folder, pictures, out, *options):
     return json.loads((out / "result.json").read_text()) if status == 0 else None
 
 
+@pytest.mark.slow  # trains or compiles for long
 def test_a_sweep_reports_every_guidance(tiny_folder, pictures, tmp_path):
     methods = ["--settings.methods", "finextract", "plain"]
     sweep = ["--settings.w", "1.5", "2", "--settings.k", "0", "-0.02"]

@@ -91,6 +91,7 @@ def test_a_posterior_is_trained_resumed_and_exported_as_its_mean(tune, tmp_path)
     assert len({path.read_bytes() for path in sheets}) == 3
 
 
+@pytest.mark.slow  # trains or compiles for long
 def test_the_monitor_ends_a_training_that_copies(tune, tmp_path, monkeypatch):
     look = monitoring.look
 
@@ -109,6 +110,7 @@ def test_the_monitor_ends_a_training_that_copies(tune, tmp_path, monkeypatch):
     assert [found["step"] for found in account(tmp_path)["details"]["stages"]] == [2, 4, 6]
 
 
+@pytest.mark.slow  # trains or compiles for long
 def test_a_longer_run_goes_on_and_a_damaged_sheet_is_left_out(tune, whole):
     (whole / "samples" / "step-000004.png").write_bytes(b"no picture")
     first = account(whole)["details"]["loss"]
