@@ -194,7 +194,7 @@ def write_model(
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, part / "tokenizer" / file)
-        write_json(part / INDEX, _index(scheduler["_class_name"]) | note, sort_keys=True)
+        write_json(part / INDEX, index_of(scheduler["_class_name"]) | note, sort_keys=True)
 
 
 def _state(name: str, model: Model) -> dict[str, Any]:
@@ -206,7 +206,8 @@ def _state(name: str, model: Model) -> dict[str, Any]:
     return state
 
 
-def _index(sampler: str) -> dict[str, Any]:
+def index_of(sampler: str) -> dict[str, Any]:
+    """What `model_index.json` says, for a pipeline with diffusers' scheduler of this name."""
     components = {name: [c.package, c.class_name] for name, c in COMPONENTS.items()}
     return components | {
         "_class_name": "StableDiffusionPipeline",

@@ -168,7 +168,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     elif kind is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 (no dot) as a string
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isnan(number):
             return number

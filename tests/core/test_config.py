@@ -149,6 +149,7 @@ def test_from_dict_takes(values, expected):
         ({"num_steps": None}, "of type int, got None"),
         ({"radius": "small"}, r"config\.radius must be of type float, got 'small'"),
         ({"radius": True}, "of type float, got True"),
+        ({"radius": 10**400}, "of type float, got 1000"),
         ({"radius": None}, "of type float, got None"),
         ({"radius": float("nan")}, "of type float, got nan"),
         ({"norm": "l1"}, "one of 'l2', 'linf', got 'l1'"),

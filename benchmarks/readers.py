@@ -1,0 +1,190 @@
+"""Every reader of files from strangers, each with honest files to start from."""
+
+import io
+import json
+import pickle
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from dmsec_jax.checkpoints import adapters, configs, diffusers, single_file, torch_archive, weights
+from dmsec_jax.checkpoints import io as tensors
+from dmsec_jax.core.files import read_json
+from dmsec_jax.core.trees import map_paths
+from dmsec_jax.data.tokens import Tokenizer
+from dmsec_jax.diffusion import schedule
+from dmsec_jax.models import presets
+
+FIELDS = {name: component.field for name, component in diffusers.COMPONENTS.items()}
+
+
+class Reader(NamedTuple):
+    """`read(folder)` reads the file `name` in it; `seeds` are what it may hold; `header` as of `mutation.mutate`."""
+
+    name: str
+    seeds: tuple[bytes, ...]
+    header: int
+    read: Callable[[Path], object]
+    beside: Mapping[str, bytes] = MappingProxyType({})
+
+
+def readers() -> dict[str, Reader]:
+    """Name -> reader."""
+    targets = {name: diffusers.shapes(name, getattr(presets.TINY, field)) for name, field in FIELDS.items()}
+    vocabulary, merges, whole = _tokenizer()
+    index = json.dumps({"metadata": {"total_size": 48}, "weight_map": {"a": "s-1.safetensors", "b": "s-2.safetensors"}})
+    shards = {f"s-{i}.safetensors": _safetensors({name: np.ones(3, np.float32)}) for i, name in ((1, "a"), (2, "b"))}
+    lora = {
+        "lora_unet_conv_in.lora_down.weight": np.ones((2, 4, 3, 3)),
+        "lora_unet_conv_in.lora_up.weight": np.ones((8, 2, 1, 1)),
+    }
+    peft = {
+        "base_model.model.conv_in.lora_A.weight": np.ones((2, 4, 3, 3)),
+        "base_model.model.conv_in.lora_B.weight": np.ones((8, 2, 1, 1)),
+    }
+    krona = {"lora_unet_conv_in.lokr_w1": np.ones((2, 2)), "lora_unet_conv_in.lokr_w2": np.ones((4, 2, 3, 3))}
+    scale = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {"conv_in": 3}})}
+    small = {"a": np.ones((2, 3), np.float32), "b": np.ones((), np.float16), "c": np.ones((0, 2), np.int8)}
+    found = {
+        "safetensors": Reader("x.safetensors", (_safetensors(small, {"k": "v"}), _safetensors({})), 8, _touched),
+        "adapter": Reader(
+            "x.safetensors",
+            (
+                _safetensors(lora | {"lora_unet_conv_in.alpha": np.ones(())}),
+                _safetensors(krona),
+                _safetensors(lora, scale),
+            ),
+            8,
+            lambda folder: adapters.read_adapter(folder / "x.safetensors", targets),
+        ),
+        "adapter_config.json": Reader(
+            "adapter_config.json",
+            (
+                json.dumps(
+                    {"peft_type": "LORA", "lora_alpha": 2, "alpha_pattern": {"conv_in": 1}, "use_rslora": True}
+                ).encode(),
+            ),
+            0,
+            lambda folder: adapters.read_adapter(folder / "adapter_model.safetensors", targets),
+            {"adapter_model.safetensors": _safetensors(peft)},
+        ),
+        "single file": Reader(
+            "x.safetensors",
+            (_whole(targets),),
+            8,
+            lambda folder: single_file.read_params(folder / "x.safetensors", presets.TINY),
+        ),
+        "torch archive": Reader(
+            "x.pt", (_archive(), _legacy()), -1, lambda folder: torch_archive.read(folder / "x.pt")
+        ),
+        "config of latent diffusion": Reader(
+            "x.yaml",
+            (b"model:\n  params:\n    parameterization: 'v'\n    x: [1, &a {b: c}, *a]\n",),
+            -1,
+            lambda folder: single_file.prediction_beside(folder / "x.safetensors"),
+        ),
+        "shard index": Reader(
+            "m.safetensors.index.json", (index.encode(),), 0, lambda folder: weights.read_weights(folder, "m"), shards
+        ),
+        "model_index.json": Reader(
+            diffusers.INDEX, (json.dumps(diffusers.index_of("DDIMScheduler")).encode(),), 0, diffusers.check_index
+        ),
+        "scheduler_config.json": Reader(
+            "s.json",
+            tuple(json.dumps(dict(p.scheduler)).encode() for p in (presets.TINY, presets.SD15, presets.SD21)),
+            0,
+            lambda folder: schedule.from_scheduler_json(read_json(folder / "s.json"), "s.json"),
+        ),
+        "tokenizer vocabulary": Reader("vocab.json", (vocabulary,), 0, Tokenizer.load, {"merges.txt": merges}),
+        "tokenizer merges": Reader("merges.txt", (merges,), -1, Tokenizer.load, {"vocab.json": vocabulary}),
+    }
+    if whole is not None:
+        found["tokenizer.json"] = Reader("tokenizer.json", (whole,), 0, Tokenizer.load)
+    for name, field in FIELDS.items():
+        fmt = diffusers.COMPONENTS[name].format
+        seeds = tuple(
+            json.dumps(configs.write_config(getattr(p, field), fmt)).encode() for p in (presets.TINY, presets.SD21)
+        )
+        found[f"{name}/config.json"] = Reader(
+            "config.json",
+            seeds,
+            0,
+            lambda folder, fmt=fmt: configs.read_config(read_json(folder / "config.json"), fmt, "c"),
+        )
+    return found
+
+
+def _touched(folder: Path) -> int:
+    """Every byte of every tensor, so that what lies outside the file would show."""
+    path = folder / "x.safetensors"
+    tensors.read_metadata(path)
+    return sum(
+        int(array.reshape(-1).view(np.uint8).sum(dtype=np.uint64)) for array in tensors.read_tensors(path).values()
+    )
+
+
+def _safetensors(arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        tensors.write_tensors(path, arrays, dtype="float32", metadata=metadata)
+        return path.read_bytes()
+
+
+def _whole(targets) -> bytes:
+    params = {name: map_paths(lambda _, leaf: np.ones(leaf.shape, np.float32), tree) for name, tree in targets.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        single_file.write_model(path, presets.TINY, params)
+        return path.read_bytes()
+
+
+def _tokenizer() -> tuple[bytes, bytes, bytes | None]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Tokenizer.train(["a red dog", "a blue cat"], vocab_size=530, max_length=16).save(folder)
+        whole = folder / "tokenizer.json"
+        return (
+            (folder / "vocab.json").read_bytes(),
+            (folder / "merges.txt").read_bytes(),
+            whole.read_bytes() if whole.is_file() else None,
+        )
+
+
+def _tensor() -> bytes:
+    """A pickle of {"a": a tensor of [2, 3]}, as PyTorch writes it."""
+    text = lambda value: b"X" + struct.pack("<I", len(value)) + value
+    number = lambda value: b"K" + bytes([value])
+    storage = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + number(6) + b"tQ"
+    body = (
+        storage
+        + number(0)
+        + number(2)
+        + number(3)
+        + b"\x86"
+        + number(3)
+        + number(1)
+        + b"\x86\x89ccollections\nOrderedDict\n)R"
+    )
+    return b"\x80\x02}" + text(b"a") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + body + b"tRs."
+
+
+def _archive() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", _tensor())
+        archive.writestr("x/data/0", np.arange(6, dtype="<f4").tobytes())
+        archive.writestr("x/byteorder", b"little")
+    return file.getvalue()
+
+
+def _legacy() -> bytes:
+    parts = (torch_archive.LEGACY_MAGIC, 1001, {"little_endian": True, "protocol_version": 1001})
+    head = b"".join(pickle.dumps(part, 2) for part in parts)
+    storage = struct.pack("<q", 6) + np.arange(6, dtype="<f4").tobytes()
+    return head + _tensor() + pickle.dumps(["0"], 2) + storage
