@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,7 +22,6 @@ from dmsec_jax import authentication, pipeline
 from dmsec_jax.authentication import CHUNK, LOSSES, METHODS, RECOVERING, Settings
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.files import atomic_file
 from dmsec_jax.metrics import evidence, similarity
 from dmsec_jax.metrics.extraction import rate_interval, seed_interval
 from dmsec_jax.report.result import Row, row_over
@@ -83,19 +81,6 @@ def _write(cfg: Config, rows: list[Row], seconds: float, notes: list[str]) -> No
     harness.write("authentication", rows, settings, {"all": seconds}, notes)
 
 
-def _kept(path: Path, settings: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What `compute` gives, or gave in an earlier run with the same settings."""
-    if path.is_file():
-        with np.load(path) as stored:
-            same = str(stored["settings"]) == settings
-            require(same, str(path), "of these settings", "others", "remove it or change --work")
-            return {name: stored[name] for name in stored.files if name != "settings"}
-    found = compute()
-    with atomic_file(path) as file:
-        np.savez(file, settings=settings, **found)
-    return found
-
-
 def _scores(cfg: Config, training: Training, steps: int) -> dict[str, np.ndarray]:
     """Raw results of all tests, members first: losses [N, K], statistics [N], CGI-DM's error after every chunk [chunks, N]."""
     holdout = training.holdout.images[: cfg.holdouts]
@@ -111,7 +96,7 @@ def _scores(cfg: Config, training: Training, steps: int) -> dict[str, np.ndarray
         return found
 
     settings = json.dumps([training.base.sha256, dataclasses.asdict(cfg.settings), cfg.set, len(pictures)])
-    return _kept(cfg.work / training.folder / f"{steps}.npz", settings, compute)
+    return harness.kept(cfg.work / training.folder / f"{steps}.npz", settings, compute)
 
 
 def _recovered(cfg: Config, key, subject, pictures: np.ndarray, name: str) -> dict[str, np.ndarray]:
@@ -218,7 +203,7 @@ def _control(cfg: Config, base: pipeline.Pipeline, console: Console) -> list[Row
 
         settings = json.dumps([base.sha256, dataclasses.asdict(cfg.settings), cfg.set, len(unused), cfg.control_steps])
         path = cfg.work / training.folder / f"control-{cfg.control_steps}.npz"
-        found = _kept(path, settings, compute)
+        found = harness.kept(path, settings, compute)
         scores = (found["base"] - found["tuned"]).mean(axis=1)
         suspects, null = scores[: cfg.n0], scores[cfg.n0 :]
         rejected.append(evidence.set_evidence(training.seed, suspects, null).p_value <= 0.05)

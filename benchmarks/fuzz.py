@@ -126,7 +126,7 @@ def attempt(reader: Reader, folder: Path, content: bytes) -> str:
             traceback.print_exc(limit=-4)
             return "crash"
         return re.sub(r"'[^']*'|\"[^\"]*\"|\d+|/\S+", "", str(error))[:300]
-    except Exception:
+    except Exception:  # whatever else a reader raises is what is looked for
         traceback.print_exc(limit=-4)
         return "crash"
     return "hang" if time.monotonic() - began > HANG else "read"

@@ -51,7 +51,8 @@ def test_finetune_then_extract(tiny_folder, pictures, tmp_path, capsys):
     assert cli.main(["finetune", *common, *model, "--out", str(tuned), "--sample-every", "2", *LAST]) == 0
     result = json.loads((tuned / "result.json").read_text())
     assert np.isfinite(result["rows"][0]["value"])
-    assert sorted(path.name for path in (tuned / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    sheets = [f"step-00000{step}.{kind}" for step in (2, 4) for kind in ("json", "png")]
+    assert sorted(path.name for path in (tuned / "samples").iterdir()) == sheets
     extract = ["extract", *common, "--base", str(tiny_folder), "--model", str(tuned / "model"), *SMALL]
     extract += ["--settings.methods", "finextract", "plain", "carlini"]  # the demo runs all
     assert cli.main([*extract, "--out", str(tmp_path / "audit")]) == 0

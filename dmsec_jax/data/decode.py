@@ -34,7 +34,7 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image
         notes = _several(image)
         image.load()
         return _rgb(_upright(image, notes), notes), notes
-    except Exception as error:
+    except Exception as error:  # Pillow's readers raise nearly anything on malformed pixels
         raise ValueError(f"is truncated, damaged or of an unknown pixel type ({error})") from error
 
 

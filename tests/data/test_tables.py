@@ -1,7 +1,9 @@
 """Tables from files and frames: names are kept, and what cannot be used is named."""
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dmsec_jax.data import tables
 
@@ -52,10 +54,7 @@ def test_arrays_are_read_and_pickles_are_not(tmp_path):
         tables.read(written(tmp_path / "data.xls", ""))
 
 
-def test_parquet_needs_pyarrow_and_keeps_names(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
+def test_parquet_keeps_names_and_gaps(tmp_path):
     parquet.write_table(pyarrow.table({"a": [1.0, None], "b": [3, 4]}), tmp_path / "data.parquet")
     found = tables.read(tmp_path / "data.parquet")
     assert found.names == ("a", "b")
