@@ -35,7 +35,7 @@ PURIFIERS = ("jpeg", "blur", "autoencoder", "noisy-upscaling")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Fine-tune a model on a few pictures by an artist it has never seen, extract them from it, prove that they were used, and protect them
-    (about seven minutes on two cores)."""
+    (about six minutes on two cores)."""
 
     images: Path | None = None
     """Your own pictures; default: animals by OpenMoji, which the embedded model has never seen."""
