@@ -1,0 +1,1 @@
+"""Pieces of `benchmarks.spot`: known networks, other programs, and the judging of what each finds."""
