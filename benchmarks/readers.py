@@ -93,7 +93,10 @@ def readers() -> dict[str, Reader]:
             "m.safetensors.index.json", (index.encode(),), 0, lambda folder: weights.read_weights(folder, "m"), shards
         ),
         "model_index.json": Reader(
-            diffusers.INDEX, (json.dumps(diffusers.index_of("DDIMScheduler")).encode(),), 0, diffusers.check_index
+            diffusers.INDEX,
+            (json.dumps(diffusers.index_of("DDIMScheduler", presets.TINY)).encode(),),
+            0,
+            diffusers.check_index,
         ),
         "scheduler_config.json": Reader(
             "s.json",

@@ -6,6 +6,9 @@ A key is `<layer>.<factor>`. How layers are spelt (here `to_q` of the UNet, and 
     old diffusers  unet.down_blocks.0 ... attn1.processor.to_q_lora.down.weight  text_encoder ... self_attn.to_q_lora.down.weight
     kohya          lora_unet_down_blocks_0 ... attn1_to_q.lora_down.weight     lora_te_text_model_encoder ... q_proj.lora_down.weight
 
+Kohya's files for Stable Diffusion XL number the UNet's blocks as latent diffusion does: lora_unet_input_blocks_4_1 ... attn1_to_q; its second text
+encoder is text_encoder_2 or lora_te2.
+
 The scale alpha / rank stands in a tensor `<layer>.alpha`, in the header's metadata, or in PEFT's `adapter_config.json` beside the file; where
 there is none it is 1.
 """
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmsec_jax.checkpoints import changes, mapping
+from dmsec_jax.checkpoints import changes, ldm, mapping
 from dmsec_jax.checkpoints.adapter_scales import CONFIG, Scales, read_scales
 from dmsec_jax.checkpoints.changes import Change, Shape
 from dmsec_jax.checkpoints.io import PICKLES, read_metadata, read_tensors
@@ -27,9 +30,17 @@ from dmsec_jax.core.checks import require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
 
-DOTTED = {"unet": ("unet.", ""), "text_encoder": ("text_encoder.text_model.", "text_encoder.", "text_model.", "")}
+DOTTED = {
+    "unet": ("unet.", ""),
+    "text_encoder": ("text_encoder.text_model.", "text_encoder.", "text_model.", ""),
+    "text_encoder_2": ("text_encoder_2.",),
+}
 """What stands before a layer's name in PEFT and diffusers; nothing where the file is of one network."""
-KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_")}
+KOHYA = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_"),
+    "text_encoder_2": ("lora_te2_",),
+}
 OLD = (
     (r"(.+)\.processor\.to_out_lora", r"\1.to_out.0"),
     (r"(.+)\.processor\.(to_[qkv])_lora", r"\1.\2"),
@@ -53,12 +64,12 @@ NAMES = (
     "adapter_model.bin",
 )
 LAYOUTS = {
-    "kohya": r"lora_(unet|te1?)_",
+    "kohya": r"lora_(unet|te[12]?)_",
     "old diffusers": r".*(_lora|\.lora|lora_linear_layer)\.(down|up)\.",
     "PEFT": r"",
 }
 MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
-NOT_AN_ADAPTER = "name the file of a LoRA, LoCon, LoHa, LoKr or DoRA for Stable Diffusion 1.x or 2.x"
+NOT_AN_ADAPTER = "name the file of a LoRA, LoCon, LoHa, LoKr or DoRA for Stable Diffusion 1.x, 2.x or XL"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,12 +259,14 @@ def _split(key: str) -> tuple[str, str] | None:
 def _spellings(targets: Mapping[str, Params]) -> dict[str, tuple[str, str]]:
     """Every way to write a layer -> its part and the path of its kernel."""
     spelt: dict[str, tuple[str, str]] = {}
+    blocks = ldm.blocks_of(targets["unet"]) if "unet" in targets else None
     for part in DOTTED.keys() & targets.keys():
         for path in flatten(targets[part]):
             if path.endswith("/kernel"):
                 layer = layer_of(path)
                 names = [prefix + layer for prefix in DOTTED[part]]
-                names += [prefix + layer.replace(".", "_") for prefix in KOHYA[part]]
+                spoken = [layer] if part != "unet" else {layer, ldm.unet_name(f"{layer}.weight", blocks)[:-7]}
+                names += [prefix + name.replace(".", "_") for prefix in KOHYA[part] for name in spoken]
                 assert not spelt.keys() & set(names), f"two layers are spelt {names}"
                 spelt |= dict.fromkeys(names, (part, path))
     return spelt

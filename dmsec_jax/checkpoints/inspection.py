@@ -20,7 +20,7 @@ from dmsec_jax.models.presets import Preset
 FAMILIES = {
     768: ("Stable Diffusion 1.x", presets.SD15),
     1024: ("Stable Diffusion 2.x", presets.SD21_BASE),
-    2048: ("Stable Diffusion XL", None),
+    2048: ("Stable Diffusion XL", presets.SDXL),
     presets.NANO.unet.cross_attention_dim: ("the embedded model", presets.NANO),
 }
 """Width of the text that the UNet is conditioned on -> what has it, and its configuration where it is known here."""
@@ -74,7 +74,7 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
 
 def _folder(path: Path) -> Account:
     parts, problems, configs, facts = [], [], {}, {}
-    for name, component in diffusers.COMPONENTS.items():
+    for name, component in _components(path).items():
         try:
             cfg = diffusers.read_component_config(path, name)
             state = read_weights(path / name, component.stem)
@@ -86,36 +86,45 @@ def _folder(path: Path) -> Account:
         problems += [(kind, f"{name}: {what}") for kind, what in wrong] + _not_finite(state, f"{name}: ")
         parts.append(_part(name, state, component.class_name))
     try:
-        diffusers.check_index(path)
+        index = diffusers.check_index(path)
+        if len(configs) == len(_components(path)):
+            diffusers.check_widths(Preset(**configs, scheduler={}), str(path))
         facts["predicts"] = str(
             read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
         )
-        facts["tokenizer"] = ", ".join(
-            sorted(file.name for file in diffusers.tokenizer_folder(path / "tokenizer").iterdir())
-        )
+        for name in ("tokenizer", "tokenizer_2"):
+            if name in index:
+                facts[name] = ", ".join(sorted(file.name for file in diffusers.tokenizer_folder(path / name).iterdir()))
     except (ValueError, OSError) as error:
         problems.append(("unreadable", str(error)))
     width = configs["unet"].cross_attention_dim if "unet" in configs else None
     return Account("diffusers folder", _family(width), facts, tuple(parts), {}, tuple(problems))
 
 
+def _components(path: Path) -> dict[str, diffusers.Component]:
+    return diffusers.XL if (path / "text_encoder_2").is_dir() else diffusers.COMPONENTS
+
+
 def _single_file(
     path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str], base: str | Path | None
 ) -> Account:
     prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+    prefixes |= {"text_encoder ": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
     prefixes |= {"average of the unet": "model_ema."}
     parts = [
         _part(name, {key: tensor for key, tensor in state.items() if key.startswith(prefix)}, "")
         for name, prefix in prefixes.items()
     ]
-    open_clip = any(key.startswith("cond_stage_model.model.") for key in state)
-    facts = {"text encoder": "OpenCLIP" if open_clip else "CLIP", "tokenizer": "none: loading needs the folder of one"}
+    starts = lambda prefix: any(key.startswith(prefix) for key in state)
+    encoders = {"cond_stage_model.model.": "OpenCLIP", "conditioner.embedders.": "CLIP and OpenCLIP"}
+    encoder = next((name for prefix, name in encoders.items() if starts(prefix)), "CLIP")
+    facts = {"text encoder": encoder, "tokenizer": "none: loading needs the folder of one"}
     facts["predicts"] = "not said by weights: ask the author"
     problems = _not_finite(state, "")
     width = None
     try:
-        known = single_file.prediction_beside(path)
-        facts["predicts"] = f"{known} (as {path.with_suffix('.yaml').name} says)" if known else facts["predicts"]
+        known = single_file.prediction_of(path, state)
+        facts["predicts"] = f"{known} (written beside or in the file)" if known else facts["predicts"]
         look = lambda: single_file.preset_of(state, str(path), known or "epsilon")
         preset = look() if base is None else diffusers.read_preset(base)
         width = preset.unet.cross_attention_dim
@@ -152,7 +161,8 @@ def _adapter(
 
 
 def _targets(preset: Preset) -> dict[str, Params]:
-    return {name: diffusers.shapes(name, getattr(preset, c.field)) for name, c in diffusers.COMPONENTS.items()}
+    parts = diffusers.components(preset)
+    return {name: diffusers.shapes(name, getattr(preset, part.field)) for name, part in parts.items()}
 
 
 def _remark(own: Mapping[str, changes.Change]) -> str:

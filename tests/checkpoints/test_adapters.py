@@ -357,7 +357,7 @@ def test_only_a_lora_is_written(tmp_path):
     for tree, message in (
         ({"unet": {}}, "a LoRA, got an empty tree"),
         ({"unet": {"conv_in": {"down": HADA}}}, "made of down and up, got conv_in/down"),
-        ({"vae": {"conv_in": {"down": HADA, "up": HADA}}}, "made of unet, text_encoder, got vae"),
+        ({"vae": {"conv_in": {"down": HADA, "up": HADA}}}, "made of unet, text_encoder, text_encoder_2, got vae"),
     ):
         with pytest.raises(ValueError, match=message):
             write_lora(tmp_path / "a.safetensors", tree)
