@@ -24,7 +24,7 @@ from dmsec_jax.checkpoints import changes, ldm, mapping
 from dmsec_jax.checkpoints.adapter_scales import CONFIG, Scales, read_scales
 from dmsec_jax.checkpoints.changes import Change, Shape
 from dmsec_jax.checkpoints.io import PICKLES, read_metadata, read_tensors
-from dmsec_jax.checkpoints.mapping import Problem
+from dmsec_jax.checkpoints.mapping import Partial, Problem
 from dmsec_jax.checkpoints.torch_archive import read as read_archive
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.trees import flatten, unflatten
@@ -81,12 +81,13 @@ class Adapter:
     metadata: Mapping[str, str]
 
 
-def read_adapter(path: str | Path, targets: Mapping[str, Params]) -> Adapter:
+def read_adapter(path: str | Path, targets: Mapping[str, Params], partial: Partial | None = None) -> Adapter:
     """Reads an adapter for the networks `targets`: part -> tree of anything with `.shape`.
 
     Args:
         path: a .safetensors file, a PyTorch file, or the folder that diffusers or PEFT saved it in.
-        targets: of the base model; the kernels of "unet" and "text_encoder" are what can be changed, other parts are not looked at.
+        targets: of the base model; the kernels of "unet" and the text encoders are what can be changed, other parts are not looked at.
+        partial: leave to pass over layers that are not complete or do not fit, and a record of it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -96,6 +97,9 @@ def read_adapter(path: str | Path, targets: Mapping[str, Params]) -> Adapter:
     path = find_file(Path(path))
     state, metadata = read_state(path)
     found, problems = compare(state, targets, read_scales(path, metadata), str(path))
+    if partial is not None and found:
+        partial.problems += problems
+        problems = []
     if problems:
         raise mapping.complaint(str(path), "complete changes of kernels of the base model", problems, NOT_AN_ADAPTER)
     return Adapter(changes=found, layout=layout_of(state), metadata=metadata)

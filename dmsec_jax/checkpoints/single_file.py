@@ -70,13 +70,19 @@ def read_model(
     path = Path(path)
     state = read(path)
     given = prediction_type or prediction_of(path, state)
-    cure = f"pass prediction_type={' or '.join(map(repr, KINDS))}, as its author says; weights do not tell"
-    require(given in KINDS, f"the prediction type of {path}", " or ".join(KINDS), repr(given), cure)
-    cure = "pass tokenizer=, the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
-    require(tokenizer is not None, f"the tokenizer of {path}", "given, since a single file has none", None, cure)
+    require_known(path, given, tokenizer)
     preset = preset_of(state, str(path), given)
     params = params_of(state, preset, str(path), weights, placer, partial)
     return Model(configs=preset, params=params, tokenizer=tokenizer_folder(Path(tokenizer)))
+
+
+def require_known(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> None:
+    """Raises ValueError unless both are given, which the file itself does not hold."""
+    cure = f"pass prediction_type={' or '.join(map(repr, KINDS))}, as its author says; weights do not tell"
+    known = " or ".join(KINDS)
+    require(prediction_type in KINDS, f"the prediction type of {path}", known, repr(prediction_type), cure)
+    cure = "pass tokenizer=, the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
+    require(tokenizer is not None, f"the tokenizer of {path}", "given, since a single file has none", None, cure)
 
 
 def read_params(path: str | Path, preset: Preset, weights: Weights = "model") -> dict[str, Params]:

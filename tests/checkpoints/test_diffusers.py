@@ -65,6 +65,7 @@ def test_whole_model_comes_back(model, written):
     assert sorted(file.name for file in read.tokenizer.iterdir()) == ["merges.txt", "vocab.json"]
 
 
+@pytest.mark.slow  # traces four networks
 def test_xl_comes_back_with_both_text_encoders(tmp_path_factory, tmp_path):
     model = filled(presets.TINY_XL, tmp_path_factory)
     write_model(tmp_path / "m", model, "float32")
