@@ -27,13 +27,13 @@ def xl(tiny_xl_folder):
 def test_a_context_of_xl_holds_tokens_pooled_text_and_sizes(xl):
     packed = pipeline.contexts(xl, ["", "a red dog"])
     tokens, pooled, sizes = conditioning.unpack(packed, xl.configs.unet.pooled_width)
-    assert (tokens.shape, pooled.shape) == ((2, 16, 16), (2, 12))
+    assert (tokens.shape, pooled.shape) == ((2, 16, 20), (2, 16))
     np.testing.assert_array_equal(sizes, [[16, 16, 0, 0, 16, 16]] * 2)
     assert not tokens[0].any()
     assert not pooled[0].any()
     assert tokens[1].any()
     spoken = dataclasses.replace(xl, configs=dataclasses.replace(xl.configs, silent_empty=False))
-    assert conditioning.unpack(pipeline.contexts(spoken, [""]), 12)[1].any()
+    assert conditioning.unpack(pipeline.contexts(spoken, [""]), 16)[1].any()
 
 
 @pytest.mark.slow  # traces four networks
@@ -123,11 +123,11 @@ def test_learnt_words_are_spoken(tiny_pipeline, tmp_path):
 
 @pytest.mark.slow  # traces four networks
 def test_words_of_xl_reach_both_text_encoders(xl, tmp_path):
-    pair = {"clip_l": np.ones((1, 8), np.float32), "clip_g": np.ones((1, 8), np.float32)}
+    pair = {"clip_l": np.ones((1, 8), np.float32), "clip_g": np.ones((1, 12), np.float32)}
     write_tensors(tmp_path / "style.safetensors", pair)
     words = pipeline.with_words(xl, [tmp_path / "style.safetensors"])
     packed = pipeline.contexts(words, ["a style", "a"])
-    tokens, pooled, _ = conditioning.unpack(packed, 12)
+    tokens, pooled, _ = conditioning.unpack(packed, 16)
     assert bool(jnp.abs(tokens[0] - tokens[1])[:, 8:].max() > 1e-3)
     assert bool(jnp.abs(pooled[0] - pooled[1]).max() > 1e-3)
 

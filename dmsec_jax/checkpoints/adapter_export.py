@@ -45,13 +45,16 @@ def write_lora(
     unknown = sorted(trainable.keys() - DOTTED.keys())
     require(not unknown, "trainable", f"made of {', '.join(DOTTED)}", ", ".join(unknown), "put the tree under its part")
     tensors = {}
+    kohya = {part: names[0] for part, names in KOHYA.items()}
+    if "text_encoder_2" in trainable:
+        kohya["text_encoder"] = KOHYA["text_encoder"][1]
     for part, tree in trainable.items():
         for layer, down, up in _layers(tree):
             if layout == "diffusers":
                 name = DOTTED[part][0] + layer
                 tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * np.float32(ratio)}
             else:
-                name = KOHYA[part][0] + layer.replace(".", "_")
+                name = kohya[part] + layer.replace(".", "_")
                 alpha = np.float32(ratio * len(down))
                 tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
     require(bool(tensors), "trainable", "a LoRA", "an empty tree", "write the tree that was trained")

@@ -177,7 +177,7 @@ def test_unet_of_xl():
     network = foreign("UNet2DConditionModel", XL, configs.UNET)
     params, target = params_of(network, mapping.UNET, unet.init, XL)
     z_t, t, cotangent = draw(2, 8, 4, 4), np.array([7, 981]), draw(2, 8, 4, 4, seed=2)
-    tokens, pooled = draw(2, 5, 16, seed=1), draw(2, 12, seed=3)
+    tokens, pooled = draw(2, 5, 20, seed=1), draw(2, 16, seed=3)
     sizes = np.array([[1024, 768, 0, 32, 1024, 1024], [512, 512, 8, 0, 64, 128]], np.float32)
 
     layers = record_layers(network)
@@ -193,7 +193,7 @@ def test_unet_of_xl():
     assert np.max(np.abs(ours - nhwc(out))) < FORWARD
     check_gradients(grads, gradients_of(network, mapping.UNET, target))
     assert relative(grad_z, nhwc(their_z.grad)) < GRADIENT
-    for one, other in zip(conditioning.unpack(grad_context, 12)[:2], theirs, strict=True):
+    for one, other in zip(conditioning.unpack(grad_context, 16)[:2], theirs, strict=True):
         assert relative(one, other.grad.numpy()) < GRADIENT
 
 
@@ -257,7 +257,7 @@ def test_text_encoder_with_projection():
     cfg = presets.TINY_XL.text_2
     network = foreign("CLIPTextModelWithProjection", cfg, configs.TEXT_ENCODER_2)
     params, target = params_of(network, mapping.TEXT_ENCODER_2, clip.init_projected, cfg)
-    ids, weights = np.array([[598, 5, 7, 599, 0, 0], [598, 9, 2, 3, 4, 599]]), (draw(2, 12), draw(2, 6, 8, seed=1))
+    ids, weights = np.array([[598, 5, 7, 599, 0, 0], [598, 9, 2, 3, 4, 599]]), (draw(2, 16), draw(2, 6, 12, seed=1))
     out = network(torch.tensor(ids), output_hidden_states=True)
     theirs = (out.text_embeds, out.hidden_states[-2])
     sum((part * torch.tensor(weight)).sum() for part, weight in zip(theirs, weights, strict=True)).backward()
