@@ -37,7 +37,7 @@ DOTTED = {
 }
 """What stands before a layer's name in PEFT and diffusers; nothing where the file is of one network."""
 KOHYA = {
-    "unet": ("lora_unet_",),
+    "unet": ("lora_unet_", "oft_unet_"),
     "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_"),
     "text_encoder_2": ("lora_te2_",),
 }
@@ -51,7 +51,7 @@ FACTORS = (
     (r"(?:lora\.|lora_|lora_linear_layer\.)?(down|up|mid)\.weight", None),
     (r"lora_A(?:\.default)?\.weight", "down"),
     (r"lora_B(?:\.default)?\.weight", "up"),
-    (r"(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|alpha|dora_scale)", None),
+    (r"(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|alpha|dora_scale|oft_blocks|rescale|diff)", None),
     (r"lora_magnitude_vector(?:\.default)?(?:\.weight)?", "lora_magnitude_vector"),
 )
 """Spellings of factors, and what they are called here (None: as in the group)."""
@@ -64,12 +64,12 @@ NAMES = (
     "adapter_model.bin",
 )
 LAYOUTS = {
-    "kohya": r"lora_(unet|te[12]?)_",
+    "kohya": r"(lora_(unet|te[12]?)|oft_unet)_",
     "old diffusers": r".*(_lora|\.lora|lora_linear_layer)\.(down|up)\.",
     "PEFT": r"",
 }
 MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
-NOT_AN_ADAPTER = "name the file of a LoRA, LoCon, LoHa, LoKr or DoRA for Stable Diffusion 1.x, 2.x or XL"
+NOT_AN_ADAPTER = "name the file of a LoRA, LoCon, LoHa, LoKr, DoRA or OFT for Stable Diffusion 1.x, 2.x or XL"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,13 +224,23 @@ def _wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str], kernel: S
     for factor, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             yield "not finite", keys[factor]
-    if "alpha" in tensors and not (tensors["alpha"].size == 1 and tensors["alpha"].item() > 0):
+    if families == ["OFT"]:
+        yield from _oft_wrong(tensors, keys)
+    elif "alpha" in tensors and not (tensors["alpha"].size == 1 and tensors["alpha"].item() > 0):
         yield "not a positive number", f"{keys['alpha']} {list(tensors['alpha'].shape)}"
     for factor in tensors.keys() & set(MAGNITUDES):
         if changes.magnitude_shape(factor, tensors[factor].shape, kernel) is None:
             yield "mis-shaped", f"{keys[factor]} {list(tensors[factor].shape)}, expected [{kernel[0]}, 1]"
     if tensors.keys() >= set(MAGNITUDES):
         yield "given twice", " and ".join(keys[factor] for factor in MAGNITUDES)
+
+
+def _oft_wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> Iterator[Problem]:
+    """OFT's alpha bounds the blocks, and programs differ in what it is multiplied by: it is read where it bounds nothing, or is 0."""
+    blocks, alpha = tensors["oft_blocks"], tensors.get("alpha", np.zeros(1))
+    size = np.linalg.norm(blocks - blocks.swapaxes(-1, -2)) if blocks.ndim == 3 else 0.0
+    if alpha.size != 1 or not (alpha.item() == 0 or alpha.item() >= size):
+        yield "a constraint that programs read differently", f"{keys['alpha']}, with blocks of norm {size:.4g}"
 
 
 def _change(tensors: Mapping[str, np.ndarray], kernel: Shape, scales: Scales, part: str, path: str) -> Change:
