@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmsec_jax.checkpoints import adapters, changes, diffusers, mapping, single_file
+from dmsec_jax.checkpoints import adapters, changes, diffusers, embeddings, ldm, mapping, single_file
 from dmsec_jax.checkpoints.adapter_scales import read_scales
 from dmsec_jax.checkpoints.mapping import Problem
 from dmsec_jax.checkpoints.weights import read_weights
@@ -25,6 +25,17 @@ FAMILIES = {
 }
 """Width of the text that the UNet is conditioned on -> what has it, and its configuration where it is known here."""
 CROSS_ATTENTION = re.compile(r"attn2[._](processor\.)?to_k.*(down|lora_A)")
+
+
+PREFIXES = {
+    ldm.UNET: "unet",
+    ldm.EMA: "average of the unet",
+    ldm.VAE: "vae",
+    "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.": "text_encoder",
+    "conditioner.embedders.1.": "text_encoder_2",
+}
+"""What stands before the keys of a network in a single file."""
 
 
 class Part(NamedTuple):
@@ -67,6 +78,8 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
         return _single_file(path, single_file.read(path), metadata, base)
     if adapters.is_adapter(state):
         return _adapter(path, state, metadata, base)
+    if embeddings.is_words(state):
+        return _words(path, state, metadata, base)
     problems = (("unknown", f"{len(state)} tensors, such as {', '.join(list(state)[:5]) or 'none'}"),)
     part = _part("tensors", state, "")
     return Account("neither a Stable Diffusion model nor an adapter", "unknown", {}, (part,), metadata, problems)
@@ -108,12 +121,9 @@ def _components(path: Path) -> dict[str, diffusers.Component]:
 def _single_file(
     path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str], base: str | Path | None
 ) -> Account:
-    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-    prefixes |= {"text_encoder ": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
-    prefixes |= {"average of the unet": "model_ema."}
     parts = [
         _part(name, {key: tensor for key, tensor in state.items() if key.startswith(prefix)}, "")
-        for name, prefix in prefixes.items()
+        for prefix, name in PREFIXES.items()
     ]
     starts = lambda prefix: any(key.startswith(prefix) for key in state)
     encoders = {"cond_stage_model.model.": "OpenCLIP", "conditioner.embedders.": "CLIP and OpenCLIP"}
@@ -158,6 +168,32 @@ def _adapter(
         parts.append(_part(name, tensors, _remark(own), _dtypes(state)))
     family = f"for {_family(preset.unet.cross_attention_dim)}{'' if base is None else f' ({base})'}"
     return Account("adapter", family, facts, tuple(parts), metadata, tuple(problems))
+
+
+def _words(
+    path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str], base: str | Path | None
+) -> Account:
+    """Of textual inversion; the family is what has text encoders of these widths."""
+    pair = state.keys() == embeddings.PAIR.keys()
+    widest = (
+        {part: tensor.shape[-1] for key, part in embeddings.PAIR.items() for tensor in [state[key]]} if pair else {}
+    )
+    widths = {tensor.shape[-1] for tensor in state.values() if tensor.dtype.kind in "fV" and tensor.ndim}
+    width = sum(widest.values()) if pair else widths.pop() if len(widths) == 1 else None
+    preset = diffusers.read_preset(base) if base is not None else FAMILIES.get(width, (None, None))[1]
+    part = _part("vectors", {key: t for key, t in state.items() if t.dtype.kind in "fV"}, "")
+    kind = "words of textual inversion"
+    if preset is None:
+        problems = (("unknown", "the base model; name it with --base to check the words against it"),)
+        return Account(kind, _family(width), {}, (part,), metadata, problems)
+    texts = {"text_encoder": preset.text, "text_encoder_2": preset.text_2}
+    try:
+        learnt = embeddings.read_words(path, {name: cfg.hidden_size for name, cfg in texts.items() if cfg is not None})
+    except ValueError as error:
+        return Account(kind, _family(width), {}, (part,), metadata, (("unreadable", str(error)),))
+    shown = ", ".join(f"{word.word} ({len(word.vectors['text_encoder'])} vectors)" for word in learnt)
+    family = f"for {_family(preset.unet.cross_attention_dim)}"
+    return Account(kind, family, {"words": shown}, (part,), metadata, ())
 
 
 def _targets(preset: Preset) -> dict[str, Params]:

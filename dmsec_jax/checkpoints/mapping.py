@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dmsec_jax.checkpoints.io import INTACT
+from dmsec_jax.checkpoints.io import INTACT, forget
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
@@ -97,8 +97,12 @@ def to_tree(state: Mapping[str, np.ndarray], rules: Rules, target: Params, name:
 
 
 def placed(views: Mapping[str, np.ndarray], place: Place = float32) -> dict[str, Any]:
-    """The tree of the views that `align` found, one leaf after the other."""
-    return unflatten({path: place(path, view) for path, view in views.items()})
+    """The tree of the views that `align` found, one leaf after the other, so that no more than one is in memory twice."""
+    leaves = {}
+    for path, view in views.items():
+        leaves[path] = place(path, view)
+        forget(view)
+    return unflatten(leaves)
 
 
 def settle(
@@ -116,7 +120,9 @@ def settle(
 def require_finite(views: Mapping[str, np.ndarray], rules: Rules, name: str) -> None:
     """Raises ValueError on NaN or infinity, with the tensor's name in the file."""
     for path, view in views.items():
-        if not np.isfinite(view).all():
+        finite = np.isfinite(view).all()
+        forget(view)
+        if not finite:
             raise fail(f"tensor {spelling(path, rules)} of {name}", "finite", "NaN or infinity", INTACT)
 
 
