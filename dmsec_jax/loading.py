@@ -72,9 +72,11 @@ def load(
     placer = functools.partial(_placer, dtype=dtype, mesh=mesh)
     unsure = False
     if path.is_file():
-        known = prediction_type or single_file.prediction_of(path, single_file.read(path))
+        state = single_file.read(path)
+        known = prediction_type or single_file.prediction_of(path, state)
         unsure = known is None and pictures is not None
-        model = single_file.read_model(path, tokenizer, "epsilon" if unsure else known, placer=placer, partial=partial)
+        kind = "epsilon" if unsure else known
+        model = single_file.model_of(state, path, tokenizer, kind, placer=placer, partial=partial)
     else:
         given = tokenizer is None and prediction_type is None
         require(
@@ -110,9 +112,8 @@ def _placer(part: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Callable[[
 
 def _assembled(model: diffusers.Model, path: Path, dtype: str) -> Pipeline:
     """The model with its functions, schedule and tokenizers."""
-    computing = {"dtype": dtype}
     networks = {name: getattr(model.configs, name) for name in ("unet", "text", "text_2")}
-    networks = {name: cfg and dataclasses.replace(cfg, **computing) for name, cfg in networks.items()}
+    networks = {name: cfg and dataclasses.replace(cfg, dtype=dtype) for name, cfg in networks.items()}
     configs = dataclasses.replace(model.configs, **networks)
     words, words_2 = _words(model.tokenizer, configs.text), None
     if configs.text_2 is not None:
@@ -239,6 +240,8 @@ def with_words(pipeline: Pipeline, paths: Sequence[str | Path]) -> Pipeline:
     table_of = lambda part: inner(part)["embeddings"]["token_embedding"]["embedding"]
     widths = {part: table_of(part).shape[1] for part in tables}
     learnt = [word for path in paths for word in embeddings.read_words(path, widths)]
+    sizes = {table_of(part).shape[0] for part in tables}
+    require(len(sizes) == 1, "the text encoders", "of one vocabulary", sorted(sizes), "words need the same ids in both")
     start, taken = pipeline.configs.text.vocab_size, dict(pipeline.tokenizer.words)
     for name, vectors in learnt:
         new = name not in taken and name not in pipeline.tokenizer.vocab

@@ -38,6 +38,10 @@ PREFIXES = {
 """What stands before the keys of a network in a single file."""
 
 
+BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
+"""Entries of an adapter's metadata in which trainers name the base model."""
+
+
 class Part(NamedTuple):
     """One network, or its share of an adapter."""
 
@@ -151,6 +155,8 @@ def _adapter(
     widths = {t.shape[1] for key, t in state.items() if CROSS_ATTENTION.search(key) and t.ndim in (2, 4)}
     width = widths.pop() if len(widths) == 1 else None
     facts = {"layout": adapters.layout_of(state)}
+    if told := [metadata[key] for key in BASE_NAMES if metadata.get(key, "None") != "None"]:
+        facts["made for"] = ", ".join(told)
     preset = diffusers.read_preset(base) if base is not None else FAMILIES.get(width, (None, None))[1]
     problems = _not_finite(state, "")
     if preset is None:

@@ -67,8 +67,19 @@ def read_model(
         FileNotFoundError: if there is no such file.
         ValueError: if the tokenizer or the prediction type is neither given nor known, on a model of another family, or as `read_params`.
     """
-    path = Path(path)
-    state = read(path)
+    return model_of(read(path), Path(path), tokenizer, prediction_type, weights, placer, partial)
+
+
+def model_of(
+    state: Mapping[str, np.ndarray],
+    path: Path,
+    tokenizer: str | Path | None,
+    prediction_type: str | None,
+    weights: Weights = "model",
+    placer: Placer = on_host,
+    partial: Partial | None = None,
+) -> Model:
+    """The model that the tensors of a file are; arguments and errors as of `read_model`."""
     given = prediction_type or prediction_of(path, state)
     require_known(path, given, tokenizer)
     preset = preset_of(state, str(path), given)
