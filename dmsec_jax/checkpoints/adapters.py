@@ -238,7 +238,9 @@ def _wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str], kernel: S
 def _oft_wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> Iterator[Problem]:
     """OFT's alpha bounds the blocks, and programs differ in what it is multiplied by: it is read where it bounds nothing, or is 0."""
     blocks, alpha = tensors["oft_blocks"], tensors.get("alpha", np.zeros(1))
-    size = np.linalg.norm(blocks - blocks.swapaxes(-1, -2)) if blocks.ndim == 3 else 0.0
+    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
+        return  # mis-shaped, which is said elsewhere
+    size = np.linalg.norm(blocks - blocks.swapaxes(-1, -2))
     if alpha.size != 1 or not (alpha.item() == 0 or alpha.item() >= size):
         yield "a constraint that programs read differently", f"{keys['alpha']}, with blocks of norm {size:.4g}"
 
