@@ -82,7 +82,7 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
         return _single_file(path, single_file.read(path), metadata, base)
     if adapters.is_adapter(state):
         return _adapter(path, state, metadata, base)
-    if embeddings.is_words(state):
+    if embeddings.is_words(state) and (base is not None or _words_width(state) in FAMILIES):
         return _words(path, state, metadata, base)
     problems = (("unknown", f"{len(state)} tensors, such as {', '.join(list(state)[:5]) or 'none'}"),)
     part = _part("tensors", state, "")
@@ -180,12 +180,7 @@ def _words(
     path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str], base: str | Path | None
 ) -> Account:
     """Of textual inversion; the family is what has text encoders of these widths."""
-    pair = state.keys() == embeddings.PAIR.keys()
-    widest = (
-        {part: tensor.shape[-1] for key, part in embeddings.PAIR.items() for tensor in [state[key]]} if pair else {}
-    )
-    widths = {tensor.shape[-1] for tensor in state.values() if tensor.dtype.kind in "fV" and tensor.ndim}
-    width = sum(widest.values()) if pair else widths.pop() if len(widths) == 1 else None
+    width = _words_width(state)
     preset = diffusers.read_preset(base) if base is not None else FAMILIES.get(width, (None, None))[1]
     part = _part("vectors", {key: t for key, t in state.items() if t.dtype.kind in "fV"}, "")
     kind = "words of textual inversion"
@@ -200,6 +195,14 @@ def _words(
     shown = ", ".join(f"{word.word} ({len(word.vectors['text_encoder'])} vectors)" for word in learnt)
     family = f"for {_family(preset.unet.cross_attention_dim)}"
     return Account(kind, family, {"words": shown}, (part,), metadata, ())
+
+
+def _words_width(state: Mapping[str, np.ndarray]) -> int | None:
+    """Width of the text that the UNet is given, as far as learnt words tell: a pair's two widths come one after the other."""
+    vectors = {key: tensor.shape[-1] for key, tensor in state.items() if tensor.dtype.kind in "fV" and tensor.ndim}
+    if vectors.keys() == embeddings.PAIR.keys():
+        return sum(vectors.values())
+    return next(iter(vectors.values())) if len(set(vectors.values())) == 1 else None
 
 
 def _targets(preset: Preset) -> dict[str, Params]:
