@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmsec_jax.checkpoints import adapters, configs, diffusers, single_file, torch_archive, weights
+from dmsec_jax.checkpoints import adapters, configs, diffusers, embeddings, single_file, torch_archive, weights
 from dmsec_jax.checkpoints import io as tensors
 from dmsec_jax.core.files import read_json
 from dmsec_jax.core.trees import map_paths
@@ -49,6 +49,7 @@ def readers() -> dict[str, Reader]:
         "base_model.model.conv_in.lora_B.weight": np.ones((8, 2, 1, 1)),
     }
     krona = {"lora_unet_conv_in.lokr_w1": np.ones((2, 2)), "lora_unet_conv_in.lokr_w2": np.ones((4, 2, 3, 3))}
+    turned = {"lora_unet_conv_in.oft_blocks": np.full((2, 4, 4), 0.1), "lora_unet_conv_in.alpha": np.zeros(())}
     scale = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {"conv_in": 3}})}
     small = {"a": np.ones((2, 3), np.float32), "b": np.ones((), np.float16), "c": np.ones((0, 2), np.int8)}
     found = {
@@ -58,6 +59,8 @@ def readers() -> dict[str, Reader]:
             (
                 _safetensors(lora | {"lora_unet_conv_in.alpha": np.ones(())}),
                 _safetensors(krona),
+                _safetensors(turned),
+                _safetensors({"lora_unet_conv_in.diff": np.ones((8, 4, 3, 3))}),
                 _safetensors(lora, scale),
             ),
             8,
@@ -83,6 +86,15 @@ def readers() -> dict[str, Reader]:
         "torch archive": Reader(
             "x.pt", (_archive(), _legacy()), -1, lambda folder: torch_archive.read(folder / "x.pt")
         ),
+        "weights of pytorch": Reader(
+            "m.bin", (_archive(), _legacy()), -1, lambda folder: weights.read_weights(folder, "m")
+        ),
+        "learnt words": Reader(
+            "x.safetensors",
+            (_safetensors({"<a>": np.ones((2, 8))}), _safetensors({"emb_params": np.ones((1, 8))})),
+            8,
+            lambda folder: embeddings.read_words(folder / "x.safetensors", {"text_encoder": 8}),
+        ),
         "config of latent diffusion": Reader(
             "x.yaml",
             (b"model:\n  params:\n    parameterization: 'v'\n    x: [1, &a {b: c}, *a]\n",),
@@ -93,11 +105,16 @@ def readers() -> dict[str, Reader]:
             "m.safetensors.index.json", (index.encode(),), 0, lambda folder: weights.read_weights(folder, "m"), shards
         ),
         "model_index.json": Reader(
-            diffusers.INDEX, (json.dumps(diffusers.index_of("DDIMScheduler")).encode(),), 0, diffusers.check_index
+            diffusers.INDEX,
+            (json.dumps(diffusers.index_of("DDIMScheduler", presets.TINY)).encode(),),
+            0,
+            diffusers.check_index,
         ),
         "scheduler_config.json": Reader(
             "s.json",
-            tuple(json.dumps(dict(p.scheduler)).encode() for p in (presets.TINY, presets.SD15, presets.SD21)),
+            tuple(
+                json.dumps(dict(p.scheduler)).encode() for p in (presets.TINY, presets.SD15, presets.SD21, presets.SDXL)
+            ),
             0,
             lambda folder: schedule.from_scheduler_json(read_json(folder / "s.json"), "s.json"),
         ),
@@ -109,7 +126,8 @@ def readers() -> dict[str, Reader]:
     for name, field in FIELDS.items():
         fmt = diffusers.COMPONENTS[name].format
         seeds = tuple(
-            json.dumps(configs.write_config(getattr(p, field), fmt)).encode() for p in (presets.TINY, presets.SD21)
+            json.dumps(configs.write_config(getattr(p, field), fmt)).encode()
+            for p in (presets.TINY, presets.SD21, presets.TINY_XL)
         )
         found[f"{name}/config.json"] = Reader(
             "config.json",

@@ -6,171 +6,30 @@ same architecture are the same objects, so what is compiled for the base model s
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmsec_jax.checkpoints import adapters, diffusers, single_file
 from dmsec_jax.core import trees
-from dmsec_jax.core.checks import image_batch, require
-from dmsec_jax.core.files import sha256
-from dmsec_jax.core.types import Context, EpsFn, Image, Latent, Params
-from dmsec_jax.data.tokens import Tokenizer
-from dmsec_jax.diffusion import draws, guidance, samplers, schedule
-from dmsec_jax.models import clip, presets, unet, vae
-
-EMBEDDED = Path(__file__).parent / "assets" / "emoji-ldm"
-"""Folder of the nano model that ships with the package."""
-
-
-class Functions(NamedTuple):
-    """Pure functions of one architecture; parameters are always arguments.
-
-    predict_fn: (params["unet"], z_t, t, context) -> what the network predicts, of the schedule's prediction type.
-    encode_fn: (params["vae"], image) -> (mean, logvar) of scaled latents.
-    decode_fn: (params["vae"], scaled latent) -> image, clipped to [-1, 1].
-    text_fn: (params["text_encoder"], ids) -> context [B, L, D].
-    """
-
-    predict_fn: EpsFn
-    encode_fn: Callable[[Params, Image], tuple[Latent, Latent]]
-    decode_fn: Callable[[Params, Latent], Image]
-    text_fn: Callable[[Params, Any], Context]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """A latent diffusion model ready to use.
-
-    Attributes:
-        configs: of the networks, and the scheduler's JSON.
-        params: "unet", "vae", "text_encoder" -> nested dict of float32 arrays on the default device.
-        functions: see `Functions`.
-        schedule: noise schedule, which also says what the network predicts.
-        tokenizer: with `max_length` at most the text encoder's context.
-        folder, sha256: the folder or file that it came from, and the hash of all of it.
-        tokenizer_folder: with the tokenizer's files.
-    """
-
-    configs: presets.Preset
-    params: dict[str, Params]
-    functions: Functions
-    schedule: schedule.ScheduleConfig
-    tokenizer: Tokenizer
-    folder: Path
-    sha256: str
-    tokenizer_folder: Path
-
-    @property
-    def pixels(self) -> int:
-        """Side of the pictures that the model was made for."""
-        return self.configs.unet.sample_size * self.configs.vae.factor
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """[h, w, c] of one latent at that size."""
-        side = self.configs.unet.sample_size
-        return side, side, self.configs.unet.in_channels
-
-
-def load(
-    folder: str | Path = EMBEDDED,
-    *,
-    variant: str | None = None,
-    tokenizer: str | Path | None = None,
-    prediction_type: str | None = None,
-) -> Pipeline:
-    """Reads Stable Diffusion 1.x or 2.x: a diffusers folder, or a single file of latent diffusion.
-
-    Args:
-        folder: the folder or file.
-        variant: of a folder's weight files, for example "fp16".
-        tokenizer: for a single file, which has none: the folder of one.
-        prediction_type: for a single file, whose weights do not tell: "epsilon" or "v_prediction"; None: as the `.yaml` beside it says.
-
-    Raises:
-        FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model` and `checkpoints.single_file.read_model`; on a tokenizer that does
-            not fit the text encoder.
-    """
-    if Path(folder).is_file():
-        model = single_file.read_model(folder, tokenizer, prediction_type)
-    else:
-        given = tokenizer is None and prediction_type is None
-        require(
-            given, "tokenizer and prediction_type", "left out for a folder, which has them", "one", "leave them out"
-        )
-        model = diffusers.read_model(folder, variant)
-    cfg = schedule.from_scheduler_json(model.configs.scheduler, f"{folder}/scheduler/scheduler_config.json")
-    words = Tokenizer.load(model.tokenizer)
-    text = model.configs.text
-    require(
-        len(words.vocab) <= text.vocab_size,
-        str(model.tokenizer),
-        f"of at most {text.vocab_size} tokens, the text encoder's vocabulary",
-        f"{len(words.vocab)} tokens",
-        "take both from one model",
-    )
-    words = dataclasses.replace(words, max_length=min(words.max_length, text.max_position_embeddings))
-    return Pipeline(
-        configs=model.configs,
-        params=jax.tree.map(jnp.asarray, dict(model.params)),
-        functions=functions(model.configs.unet, model.configs.vae, text),
-        schedule=cfg,
-        tokenizer=words,
-        folder=Path(folder),
-        sha256=sha256(folder),
-        tokenizer_folder=model.tokenizer,
-    )
-
-
-def load_tuned(path: str | Path, base: Pipeline) -> Pipeline:
-    """Reads a model that was fine-tuned from `base`: a model folder, a single file (what it leaves out is taken from the base), or an adapter (LoRA,
-    ...), which is merged into it.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load`, `checkpoints.single_file.read_params` and `checkpoints.adapters.read_adapter`; on a model of
-            another architecture than the base's.
-    """
-    path = Path(path)
-    if (path / diffusers.INDEX).is_file():
-        tuned = load(path)
-        require_same_architecture(base, tuned)
-        return tuned
-    path = adapters.find_file(path)
-    state = single_file.read(path)
-    if single_file.is_single_file(state):
-        params = single_file.params_of(state, base.configs, str(path))
-    else:
-        params = adapters.merge(base.params, adapters.read_adapter(path, base.params))
-    return dataclasses.replace(base, params=jax.tree.map(jnp.asarray, params), sha256=sha256(path))
-
-
-def require_same_architecture(base: Pipeline, tuned: Pipeline) -> None:
-    """Raises ValueError unless both models have the same networks, schedule and vocabulary, as when one was made from the other."""
-    cure = "name the base model that the other was fine-tuned from"
-    for name in ("unet", "vae", "text"):
-        first, second = getattr(base.configs, name), getattr(tuned.configs, name)
-        fields = [f.name for f in dataclasses.fields(first) if getattr(first, f.name) != getattr(second, f.name)]
-        contract = f"of the architecture of {base.folder}"
-        require(not fields, str(tuned.folder), contract, f"another {', '.join(fields)} of the {name}", cure)
-    same = base.schedule == tuned.schedule and base.tokenizer.vocab == tuned.tokenizer.vocab
-    require(same, str(tuned.folder), f"of the schedule and vocabulary of {base.folder}", "others", cure)
-
-
-def save(
-    folder: str | Path, pipeline: Pipeline, dtype: str = "float32", metadata: dict[str, str] | None = None
-) -> None:
-    """Writes the pipeline's parameters as a diffusers folder; see `checkpoints.diffusers.write_model`."""
-    model = diffusers.Model(
-        configs=pipeline.configs,
-        params=jax.device_get(pipeline.params),
-        tokenizer=pipeline.tokenizer_folder,
-    )
-    diffusers.write_model(folder, model, dtype, metadata=metadata)
+from dmsec_jax.core.checks import image_batch
+from dmsec_jax.core.types import Context, Image, Latent, Params
+from dmsec_jax.diffusion import draws, guidance, samplers
+from dmsec_jax.functions import Functions as Functions
+from dmsec_jax.functions import Pipeline as Pipeline
+from dmsec_jax.functions import contexts as contexts
+from dmsec_jax.functions import functions as functions
+from dmsec_jax.loading import EMBEDDED as EMBEDDED
+from dmsec_jax.loading import Reading as Reading
+from dmsec_jax.loading import load as load
+from dmsec_jax.loading import load_tuned as load_tuned
+from dmsec_jax.loading import misfits as misfits
+from dmsec_jax.loading import peek as peek
+from dmsec_jax.loading import require_same_architecture as require_same_architecture
+from dmsec_jax.loading import save as save
+from dmsec_jax.loading import with_words as with_words
 
 
 class Subject(NamedTuple):
@@ -180,24 +39,6 @@ class Subject(NamedTuple):
     tuned: dict[str, Params]
     """Parameters of the fine-tuned model: "unet", "vae", "text_encoder"."""
     prompt: str
-
-
-@functools.cache
-def functions(unet_cfg: unet.UNetConfig, vae_cfg: vae.VAEConfig, text_cfg: clip.TextConfig) -> Functions:
-    """The functions of an architecture; equal configs give the same objects, so compiled programs are shared."""
-    scale = vae_cfg.scaling_factor
-
-    def encode_fn(params, image):
-        mean, logvar = vae.encode(vae_cfg, params, image)
-        return mean * scale, logvar + 2 * np.log(scale).astype(np.float32)
-
-    def decode_fn(params, latent):
-        return jnp.clip(vae.decode(vae_cfg, params, latent / scale), -1, 1)
-
-    def text_fn(params, ids):
-        return clip.apply(text_cfg, params, ids).last_hidden
-
-    return Functions(functools.partial(unet.apply, unet_cfg), encode_fn, decode_fn, text_fn)
 
 
 STACKED_LIMIT = 50_000_000
@@ -312,17 +153,6 @@ def _sample(key, index, params, weight, *, shape, schedule, num_steps, guided, m
 
 _encode = jax.jit(lambda params, image, fn: fn(params, image), static_argnames="fn")
 _decode = jax.jit(lambda params, latent, fn: fn(params, latent), static_argnames="fn")
-_embed_text = jax.jit(lambda params, ids, fn: fn(params, ids), static_argnames="fn")
-
-
-def contexts(pipeline: Pipeline, prompts: Sequence[str], params: dict[str, Params] | None = None) -> Context:
-    """Text embeddings [B, L, D] of prompts under the pipeline's, or other, parameters.
-
-    Raises:
-        ValueError: if a prompt is longer than the context (names the number of tokens).
-    """
-    params = pipeline.params if params is None else params
-    return _embed_text(params["text_encoder"], pipeline.tokenizer.encode(list(prompts)), pipeline.functions.text_fn)
 
 
 def encode(pipeline: Pipeline, images: Image, batch_size: int = 16) -> tuple[Latent, Latent]:

@@ -169,6 +169,8 @@ def tune(
         checkpoints: where training state is kept; an interrupted run continues from there with the same result.
         origin: what decides the result besides the number of steps, as JSON values; checkpoints of another are refused.
     """
+    single = not text_encoder or base.tokenizer_2 is None
+    require(single, "text_encoder", "false for a model with two text encoders", "true", "train the UNet alone")
     encode_prompts = base.tokenizer.encode if text_encoder else lambda texts: pipeline.contexts(base, texts)
 
     def rows(pictures, prompts):

@@ -84,3 +84,32 @@ def tiny_pipeline(tiny_folder):
     from dmsec_jax import pipeline
 
     return pipeline.load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_folder(tmp_path_factory):
+    """A diffusers folder of the TINY_XL preset with random weights and tokenizers that differ in their padding, as those of Stable Diffusion XL."""
+    import numpy as np
+
+    from dmsec_jax.checkpoints import diffusers
+    from dmsec_jax.core.trees import map_paths
+    from dmsec_jax.data.tokens import Tokenizer
+    from dmsec_jax.models import presets
+
+    place, draw = tmp_path_factory.mktemp("tiny_xl"), np.random.default_rng(0)
+    words = Tokenizer.train(["a red dog", "a blue cat"], vocab_size=530, max_length=16)
+    words.save(place / "tokenizer")
+    dataclasses.replace(words, pad="!").save(place / "tokenizer_2")
+    marks = {"vocab_size": len(words.vocab), "bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
+    texts = {name: dataclasses.replace(getattr(presets.TINY_XL, name), **marks) for name in ("text", "text_2")}
+    preset = dataclasses.replace(presets.TINY_XL, **texts)
+
+    def fill(path, leaf):
+        values = 0.2 * draw.normal(size=leaf.shape) + (1.0 if path.endswith("scale") else 0.0)
+        return values.astype(np.float32)
+
+    shapes = lambda name, component: diffusers.shapes(name, getattr(preset, component.field))
+    params = {name: map_paths(fill, shapes(name, part)) for name, part in diffusers.components(preset).items()}
+    tokenizers = {"tokenizer": place / "tokenizer", "tokenizer_2": place / "tokenizer_2"}
+    diffusers.write_model(place / "model", diffusers.Model(configs=preset, params=params, **tokenizers), "float32")
+    return place / "model"

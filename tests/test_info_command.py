@@ -99,7 +99,7 @@ def test_a_single_file_of_another_size_and_its_base(info, tiny_pipeline, tiny_fo
         "ask the author",
         "bfloat16",
         "CLIP",
-        "conditioned on text of width 768 or 1024, got 8",
+        "conditioned on text of width 768, 1024, 2048, got 8",
     ):
         assert text in page
 
@@ -114,3 +114,22 @@ def test_other_files(info, tmp_path):
         assert status == 1
         assert message in page
         assert page.startswith("dmsec: ")
+
+
+def test_learnt_words(info, tiny_folder, tmp_path):
+    write_tensors(tmp_path / "style.safetensors", {"emb_params": np.ones((2, 768), np.float32)})
+    status, page = info(tmp_path / "style.safetensors")
+    assert status == 0
+    for text in ("words of textual inversion, for Stable Diffusion 1.x", "style (2 vectors)", "1,536"):
+        assert text in page
+    status, page = info(tmp_path / "style.safetensors", "--base", tiny_folder)
+    assert status == 1
+    assert "of width 8, the text_encoder's, got 768" in page
+
+
+@pytest.mark.slow  # traces four networks
+def test_a_folder_of_xl(info, tiny_xl_folder):
+    status, page = info(tiny_xl_folder)
+    assert status == 0
+    for text in ("text_encoder_2", "CLIPTextModelWithProjection", "tokenizer_2"):
+        assert text in page

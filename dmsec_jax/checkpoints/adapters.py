@@ -6,6 +6,9 @@ A key is `<layer>.<factor>`. How layers are spelt (here `to_q` of the UNet, and 
     old diffusers  unet.down_blocks.0 ... attn1.processor.to_q_lora.down.weight  text_encoder ... self_attn.to_q_lora.down.weight
     kohya          lora_unet_down_blocks_0 ... attn1_to_q.lora_down.weight     lora_te_text_model_encoder ... q_proj.lora_down.weight
 
+Kohya's files for Stable Diffusion XL number the UNet's blocks as latent diffusion does: lora_unet_input_blocks_4_1 ... attn1_to_q; its second text
+encoder is text_encoder_2 or lora_te2.
+
 The scale alpha / rank stands in a tensor `<layer>.alpha`, in the header's metadata, or in PEFT's `adapter_config.json` beside the file; where
 there is none it is 1.
 """
@@ -17,19 +20,27 @@ from pathlib import Path
 
 import numpy as np
 
-from dmsec_jax.checkpoints import changes, mapping
+from dmsec_jax.checkpoints import changes, ldm, mapping
 from dmsec_jax.checkpoints.adapter_scales import CONFIG, Scales, read_scales
 from dmsec_jax.checkpoints.changes import Change, Shape
 from dmsec_jax.checkpoints.io import PICKLES, read_metadata, read_tensors
-from dmsec_jax.checkpoints.mapping import Problem
+from dmsec_jax.checkpoints.mapping import Partial, Problem
 from dmsec_jax.checkpoints.torch_archive import read as read_archive
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
 
-DOTTED = {"unet": ("unet.", ""), "text_encoder": ("text_encoder.text_model.", "text_encoder.", "text_model.", "")}
+DOTTED = {
+    "unet": ("unet.", ""),
+    "text_encoder": ("text_encoder.text_model.", "text_encoder.", "text_model.", ""),
+    "text_encoder_2": ("text_encoder_2.",),
+}
 """What stands before a layer's name in PEFT and diffusers; nothing where the file is of one network."""
-KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_")}
+KOHYA = {
+    "unet": ("lora_unet_", "oft_unet_"),
+    "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_"),
+    "text_encoder_2": ("lora_te2_",),
+}
 OLD = (
     (r"(.+)\.processor\.to_out_lora", r"\1.to_out.0"),
     (r"(.+)\.processor\.(to_[qkv])_lora", r"\1.\2"),
@@ -40,7 +51,7 @@ FACTORS = (
     (r"(?:lora\.|lora_|lora_linear_layer\.)?(down|up|mid)\.weight", None),
     (r"lora_A(?:\.default)?\.weight", "down"),
     (r"lora_B(?:\.default)?\.weight", "up"),
-    (r"(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|alpha|dora_scale)", None),
+    (r"(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|alpha|dora_scale|oft_blocks|rescale|diff)", None),
     (r"lora_magnitude_vector(?:\.default)?(?:\.weight)?", "lora_magnitude_vector"),
 )
 """Spellings of factors, and what they are called here (None: as in the group)."""
@@ -53,12 +64,12 @@ NAMES = (
     "adapter_model.bin",
 )
 LAYOUTS = {
-    "kohya": r"lora_(unet|te1?)_",
+    "kohya": r"(lora_(unet|te[12]?)|oft_unet)_",
     "old diffusers": r".*(_lora|\.lora|lora_linear_layer)\.(down|up)\.",
     "PEFT": r"",
 }
 MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
-NOT_AN_ADAPTER = "name the file of a LoRA, LoCon, LoHa, LoKr or DoRA for Stable Diffusion 1.x or 2.x"
+NOT_AN_ADAPTER = "name the file of a LoRA, LoCon, LoHa, LoKr, DoRA or OFT for Stable Diffusion 1.x, 2.x or XL"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,12 +81,13 @@ class Adapter:
     metadata: Mapping[str, str]
 
 
-def read_adapter(path: str | Path, targets: Mapping[str, Params]) -> Adapter:
+def read_adapter(path: str | Path, targets: Mapping[str, Params], partial: Partial | None = None) -> Adapter:
     """Reads an adapter for the networks `targets`: part -> tree of anything with `.shape`.
 
     Args:
         path: a .safetensors file, a PyTorch file, or the folder that diffusers or PEFT saved it in.
-        targets: of the base model; the kernels of "unet" and "text_encoder" are what can be changed, other parts are not looked at.
+        targets: of the base model; the kernels of "unet" and the text encoders are what can be changed, other parts are not looked at.
+        partial: leave to pass over layers that are not complete or do not fit, and a record of it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -85,6 +97,9 @@ def read_adapter(path: str | Path, targets: Mapping[str, Params]) -> Adapter:
     path = find_file(Path(path))
     state, metadata = read_state(path)
     found, problems = compare(state, targets, read_scales(path, metadata), str(path))
+    if partial is not None and found:
+        partial.problems += problems
+        problems = []
     if problems:
         raise mapping.complaint(str(path), "complete changes of kernels of the base model", problems, NOT_AN_ADAPTER)
     return Adapter(changes=found, layout=layout_of(state), metadata=metadata)
@@ -209,13 +224,25 @@ def _wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str], kernel: S
     for factor, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             yield "not finite", keys[factor]
-    if "alpha" in tensors and not (tensors["alpha"].size == 1 and tensors["alpha"].item() > 0):
+    if families == ["OFT"]:
+        yield from _oft_wrong(tensors, keys)
+    elif "alpha" in tensors and not (tensors["alpha"].size == 1 and tensors["alpha"].item() > 0):
         yield "not a positive number", f"{keys['alpha']} {list(tensors['alpha'].shape)}"
     for factor in tensors.keys() & set(MAGNITUDES):
         if changes.magnitude_shape(factor, tensors[factor].shape, kernel) is None:
             yield "mis-shaped", f"{keys[factor]} {list(tensors[factor].shape)}, expected [{kernel[0]}, 1]"
     if tensors.keys() >= set(MAGNITUDES):
         yield "given twice", " and ".join(keys[factor] for factor in MAGNITUDES)
+
+
+def _oft_wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> Iterator[Problem]:
+    """OFT's alpha bounds the blocks, and programs differ in what it is multiplied by: it is read where it bounds nothing, or is 0."""
+    blocks, alpha = tensors["oft_blocks"], tensors.get("alpha", np.zeros(1))
+    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
+        return  # mis-shaped, which is said elsewhere
+    size = np.linalg.norm(blocks - blocks.swapaxes(-1, -2))
+    if alpha.size != 1 or not (alpha.item() == 0 or alpha.item() >= size):
+        yield "a constraint that programs read differently", f"{keys['alpha']}, with blocks of norm {size:.4g}"
 
 
 def _change(tensors: Mapping[str, np.ndarray], kernel: Shape, scales: Scales, part: str, path: str) -> Change:
@@ -248,12 +275,14 @@ def _split(key: str) -> tuple[str, str] | None:
 def _spellings(targets: Mapping[str, Params]) -> dict[str, tuple[str, str]]:
     """Every way to write a layer -> its part and the path of its kernel."""
     spelt: dict[str, tuple[str, str]] = {}
+    blocks = ldm.blocks_of(targets["unet"]) if "unet" in targets else None
     for part in DOTTED.keys() & targets.keys():
         for path in flatten(targets[part]):
             if path.endswith("/kernel"):
                 layer = layer_of(path)
                 names = [prefix + layer for prefix in DOTTED[part]]
-                names += [prefix + layer.replace(".", "_") for prefix in KOHYA[part]]
+                spoken = [layer] if part != "unet" else {layer, ldm.unet_name(f"{layer}.weight", blocks)[:-7]}
+                names += [prefix + name.replace(".", "_") for prefix in KOHYA[part] for name in spoken]
                 assert not spelt.keys() & set(names), f"two layers are spelt {names}"
                 spelt |= dict.fromkeys(names, (part, path))
     return spelt

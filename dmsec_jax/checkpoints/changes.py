@@ -4,6 +4,8 @@
     LoCon (LyCORIS, Yeh et al. 2024)        the same on a convolution; with a core `mid`, D = up x mid x down (Tucker)
     LoHa  (Hyeon-Woo et al. 2022, Eq. 2)    D = (w1_a @ w1_b) * (w2_a @ w2_b); with cores t1 and t2 both are Tucker
     LoKr  (LyCORIS, Yeh et al. 2024)        D = kron(w1, w2), each whole or a product
+    OFT   (Qiu et al. 2023, Eq. 3)          D = rescale * R^T W_0 - W_0, R made of blocks along the outputs (LyCORIS, kohya)
+    full                                    D = diff
     DoRA  (Liu et al. 2024, Eq. 5)          W = magnitude * (W_0 + ratio D) / |W_0 + ratio D|
 
 The norm of DoRA is that of each output's (or each input's) weights. Factors keep the layout of PyTorch, where a kernel is [O, I, h, w]; a linear
@@ -23,7 +25,7 @@ class Change(NamedTuple):
     """Of one kernel.
 
     Attributes:
-        family: "LoRA", "LoHa" or "LoKr".
+        family: "LoRA", "LoHa", "LoKr", "OFT" or "full".
         factors: name -> float32 array.
         ratio: alpha / rank, what D is multiplied by.
         magnitude: DoRA's, [O, 1, 1, 1] or [1, I, 1, 1]; None without it.
@@ -37,11 +39,15 @@ class Change(NamedTuple):
 
 def family_of(factor: str) -> str:
     """The family that a factor belongs to."""
-    return {"hada": "LoHa", "lokr": "LoKr"}.get(factor[:4], "LoRA")
+    return {"hada": "LoHa", "lokr": "LoKr", "oft_": "OFT", "resc": "OFT", "diff": "full"}.get(factor[:4], "LoRA")
 
 
 def needed(family: str, given: Collection[str]) -> list[str]:
     """The factors that D is made of, seen what is given: one that is not given is missing, a further one has no meaning."""
+    if family == "OFT":
+        return ["oft_blocks", *(["rescale"] if "rescale" in given else [])]
+    if family == "full":
+        return ["diff"]
     if family == "LoRA":
         return ["down", "up", *(["mid"] if "mid" in given else [])]
     if family == "LoHa":
@@ -64,6 +70,8 @@ def misfits(factors: Factors, kernel: Shape) -> dict[str, str]:
 
     Ranks are what the factors say; window axes of 1 may be left out.
     """
+    if "oft_blocks" in factors:
+        return _oft_misfits(factors, kernel)
     odd = {name: "2 or 4 axes" for name, array in factors.items() if array.ndim not in (2, 4) or not array.size}
     if odd:
         return odd
@@ -77,6 +85,8 @@ def misfits(factors: Factors, kernel: Shape) -> dict[str, str]:
         wanted |= _product("lokr_w2", "lokr_t2", factors, (outputs // p, inputs // q, *window))
     elif "hada_w1_a" in factors:
         wanted = _product("hada_w1", "hada_t1", factors, kernel) | _product("hada_w2", "hada_t2", factors, kernel)
+    elif "diff" in factors:
+        wanted = {"diff": kernel}
     elif "mid" in factors:
         p, q = factors["mid"].shape[:2]
         wanted = {"down": (q, inputs), "mid": (p, q, *window), "up": (outputs, p)}
@@ -90,8 +100,30 @@ def misfits(factors: Factors, kernel: Shape) -> dict[str, str]:
     }
 
 
+def _oft_misfits(factors: Factors, kernel: Shape) -> dict[str, str]:
+    blocks, rescale = factors["oft_blocks"], factors.get("rescale")
+    fits = blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2] and blocks.shape[0] * blocks.shape[1] == kernel[0]
+    wrong = {} if fits else {"oft_blocks": f"square blocks [n, m, m] with n m = {kernel[0]}"}
+    if rescale is not None and (rescale.size != kernel[0] or rescale.shape[:1] != kernel[:1]):
+        wrong["rescale"] = str([kernel[0], 1])
+    return wrong
+
+
+def rotated(kernel: np.ndarray, factors: Factors) -> np.ndarray:
+    """The kernel [O, I, h, w] after OFT, by Cayley's map of the blocks' skew parts."""
+    blocks = factors["oft_blocks"].astype(np.float64)
+    skew, eye = blocks - blocks.transpose(0, 2, 1), np.eye(blocks.shape[1])
+    r = (eye + skew) @ np.linalg.inv(eye - skew)
+    parts = kernel.reshape(*blocks.shape[:2], -1)
+    turned = (r.transpose(0, 2, 1) @ parts).reshape(kernel.shape)
+    rescale = factors.get("rescale", np.ones(len(kernel))).reshape(-1, 1, 1, 1)
+    return (rescale * turned).astype(np.float32)
+
+
 def delta(factors: Factors, kernel: Shape) -> np.ndarray:
-    """D [O, I, h, w] of factors that fit, without its ratio."""
+    """D [O, I, h, w] of factors that fit and do not need the kernel itself, without its ratio."""
+    if "diff" in factors:
+        return factors["diff"].reshape(kernel)
     outputs, inputs, *window = kernel
     if "lokr_w2" in factors or "lokr_w2_b" in factors:
         p, q = _sides(factors)
@@ -116,7 +148,10 @@ def low_rank(factors: Factors, kernel: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 def changed(kernel: np.ndarray, change: Change, strength: float) -> np.ndarray:
     """The kernel [O, I, h, w] with a change that fits it; `strength` multiplies what the change does: 0 gives the kernel back, 1 is as trained."""
-    d = change.ratio * delta(change.factors, kernel.shape)
+    if change.family == "OFT":
+        d = rotated(kernel, change.factors) - kernel
+    else:
+        d = change.ratio * delta(change.factors, kernel.shape)
     if change.magnitude is None:
         return kernel + strength * d
     axes = tuple(axis for axis, size in enumerate(change.magnitude.shape) if size == 1)

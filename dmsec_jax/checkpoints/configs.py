@@ -15,7 +15,7 @@ from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.config import from_dict, to_dict
 from dmsec_jax.models import clip, unet, vae
 
-OTHER_NETWORK = "use a model of the Stable Diffusion 1.x or 2.x family"
+OTHER_NETWORK = "use a model of the Stable Diffusion 1.x, 2.x or XL family"
 MAY_BE_ZERO = ("freq_shift", "pad_token_id", "bos_token_id", "eos_token_id")
 LARGEST = {"layers_per_block": 16, "num_hidden_layers": 128, "transformer_layers_per_block": 64}
 """Bounds on depth, beside 2^20 for every other number: tracing a hostile config must end."""
@@ -76,11 +76,12 @@ UNET = Format(
         "norm_eps": 1e-5,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
     },
     fixed=dict(unet.FIXED) | {"attention_type": "default"},
-    ignored=frozenset(
-        ("addition_embed_type_num_heads", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    ),  # read only where `addition_embed_type` or `class_embed_type` is set
+    ignored=frozenset(("addition_embed_type_num_heads",)),  # read only where `addition_embed_type` is "text"
     written={"_class_name": "UNet2DConditionModel"},
 )
 VAE = Format(
@@ -134,6 +135,11 @@ TEXT_ENCODER = Format(
         "initializer_range": 0.02,
     },
 )
+
+TEXT_ENCODER_2 = dataclasses.replace(
+    TEXT_ENCODER, written=dict(TEXT_ENCODER.written) | {"architectures": ["CLIPTextModelWithProjection"]}
+)
+"""Of the second text encoder of Stable Diffusion XL."""
 
 
 def read_config(values: Mapping[str, Any], fmt: Format, name: str) -> Any:

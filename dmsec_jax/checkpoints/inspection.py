@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmsec_jax.checkpoints import adapters, changes, diffusers, mapping, single_file
+from dmsec_jax.checkpoints import adapters, changes, diffusers, embeddings, ldm, mapping, single_file
 from dmsec_jax.checkpoints.adapter_scales import read_scales
 from dmsec_jax.checkpoints.mapping import Problem
 from dmsec_jax.checkpoints.weights import read_weights
@@ -20,11 +20,26 @@ from dmsec_jax.models.presets import Preset
 FAMILIES = {
     768: ("Stable Diffusion 1.x", presets.SD15),
     1024: ("Stable Diffusion 2.x", presets.SD21_BASE),
-    2048: ("Stable Diffusion XL", None),
+    2048: ("Stable Diffusion XL", presets.SDXL),
     presets.NANO.unet.cross_attention_dim: ("the embedded model", presets.NANO),
 }
 """Width of the text that the UNet is conditioned on -> what has it, and its configuration where it is known here."""
 CROSS_ATTENTION = re.compile(r"attn2[._](processor\.)?to_k.*(down|lora_A)")
+
+
+PREFIXES = {
+    ldm.UNET: "unet",
+    ldm.EMA: "average of the unet",
+    ldm.VAE: "vae",
+    "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.": "text_encoder",
+    "conditioner.embedders.1.": "text_encoder_2",
+}
+"""What stands before the keys of a network in a single file."""
+
+
+BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
+"""Entries of an adapter's metadata in which trainers name the base model."""
 
 
 class Part(NamedTuple):
@@ -67,6 +82,8 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
         return _single_file(path, single_file.read(path), metadata, base)
     if adapters.is_adapter(state):
         return _adapter(path, state, metadata, base)
+    if embeddings.is_words(state) and (base is not None or _words_width(state) in FAMILIES):
+        return _words(path, state, metadata, base)
     problems = (("unknown", f"{len(state)} tensors, such as {', '.join(list(state)[:5]) or 'none'}"),)
     part = _part("tensors", state, "")
     return Account("neither a Stable Diffusion model nor an adapter", "unknown", {}, (part,), metadata, problems)
@@ -74,7 +91,7 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
 
 def _folder(path: Path) -> Account:
     parts, problems, configs, facts = [], [], {}, {}
-    for name, component in diffusers.COMPONENTS.items():
+    for name, component in _components(path).items():
         try:
             cfg = diffusers.read_component_config(path, name)
             state = read_weights(path / name, component.stem)
@@ -86,36 +103,42 @@ def _folder(path: Path) -> Account:
         problems += [(kind, f"{name}: {what}") for kind, what in wrong] + _not_finite(state, f"{name}: ")
         parts.append(_part(name, state, component.class_name))
     try:
-        diffusers.check_index(path)
+        index = diffusers.check_index(path)
+        if len(configs) == len(_components(path)):
+            diffusers.check_widths(Preset(**configs, scheduler={}), str(path))
         facts["predicts"] = str(
             read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
         )
-        facts["tokenizer"] = ", ".join(
-            sorted(file.name for file in diffusers.tokenizer_folder(path / "tokenizer").iterdir())
-        )
+        for name in ("tokenizer", "tokenizer_2"):
+            if name in index:
+                facts[name] = ", ".join(sorted(file.name for file in diffusers.tokenizer_folder(path / name).iterdir()))
     except (ValueError, OSError) as error:
         problems.append(("unreadable", str(error)))
     width = configs["unet"].cross_attention_dim if "unet" in configs else None
     return Account("diffusers folder", _family(width), facts, tuple(parts), {}, tuple(problems))
 
 
+def _components(path: Path) -> dict[str, diffusers.Component]:
+    return diffusers.XL if (path / "text_encoder_2").is_dir() else diffusers.COMPONENTS
+
+
 def _single_file(
     path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str], base: str | Path | None
 ) -> Account:
-    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-    prefixes |= {"average of the unet": "model_ema."}
     parts = [
         _part(name, {key: tensor for key, tensor in state.items() if key.startswith(prefix)}, "")
-        for name, prefix in prefixes.items()
+        for prefix, name in PREFIXES.items()
     ]
-    open_clip = any(key.startswith("cond_stage_model.model.") for key in state)
-    facts = {"text encoder": "OpenCLIP" if open_clip else "CLIP", "tokenizer": "none: loading needs the folder of one"}
+    starts = lambda prefix: any(key.startswith(prefix) for key in state)
+    encoders = {"cond_stage_model.model.": "OpenCLIP", "conditioner.embedders.": "CLIP and OpenCLIP"}
+    encoder = next((name for prefix, name in encoders.items() if starts(prefix)), "CLIP")
+    facts = {"text encoder": encoder, "tokenizer": "none: loading needs the folder of one"}
     facts["predicts"] = "not said by weights: ask the author"
     problems = _not_finite(state, "")
     width = None
     try:
-        known = single_file.prediction_beside(path)
-        facts["predicts"] = f"{known} (as {path.with_suffix('.yaml').name} says)" if known else facts["predicts"]
+        known = single_file.prediction_of(path, state)
+        facts["predicts"] = f"{known} (written beside or in the file)" if known else facts["predicts"]
         look = lambda: single_file.preset_of(state, str(path), known or "epsilon")
         preset = look() if base is None else diffusers.read_preset(base)
         width = preset.unet.cross_attention_dim
@@ -132,6 +155,8 @@ def _adapter(
     widths = {t.shape[1] for key, t in state.items() if CROSS_ATTENTION.search(key) and t.ndim in (2, 4)}
     width = widths.pop() if len(widths) == 1 else None
     facts = {"layout": adapters.layout_of(state)}
+    if told := [metadata[key] for key in BASE_NAMES if metadata.get(key, "None") != "None"]:
+        facts["made for"] = ", ".join(told)
     preset = diffusers.read_preset(base) if base is not None else FAMILIES.get(width, (None, None))[1]
     problems = _not_finite(state, "")
     if preset is None:
@@ -151,8 +176,38 @@ def _adapter(
     return Account("adapter", family, facts, tuple(parts), metadata, tuple(problems))
 
 
+def _words(
+    path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str], base: str | Path | None
+) -> Account:
+    """Of textual inversion; the family is what has text encoders of these widths."""
+    width = _words_width(state)
+    preset = diffusers.read_preset(base) if base is not None else FAMILIES.get(width, (None, None))[1]
+    part = _part("vectors", {key: t for key, t in state.items() if t.dtype.kind in "fV"}, "")
+    kind = "words of textual inversion"
+    if preset is None:
+        problems = (("unknown", "the base model; name it with --base to check the words against it"),)
+        return Account(kind, _family(width), {}, (part,), metadata, problems)
+    texts = {"text_encoder": preset.text, "text_encoder_2": preset.text_2}
+    try:
+        learnt = embeddings.read_words(path, {name: cfg.hidden_size for name, cfg in texts.items() if cfg is not None})
+    except ValueError as error:
+        return Account(kind, _family(width), {}, (part,), metadata, (("unreadable", str(error)),))
+    shown = ", ".join(f"{word.word} ({len(word.vectors['text_encoder'])} vectors)" for word in learnt)
+    family = f"for {_family(preset.unet.cross_attention_dim)}"
+    return Account(kind, family, {"words": shown}, (part,), metadata, ())
+
+
+def _words_width(state: Mapping[str, np.ndarray]) -> int | None:
+    """Width of the text that the UNet is given, as far as learnt words tell: a pair's two widths come one after the other."""
+    vectors = {key: tensor.shape[-1] for key, tensor in state.items() if tensor.dtype.kind in "fV" and tensor.ndim}
+    if vectors.keys() == embeddings.PAIR.keys():
+        return sum(vectors.values())
+    return next(iter(vectors.values())) if len(set(vectors.values())) == 1 else None
+
+
 def _targets(preset: Preset) -> dict[str, Params]:
-    return {name: diffusers.shapes(name, getattr(preset, c.field)) for name, c in diffusers.COMPONENTS.items()}
+    parts = diffusers.components(preset)
+    return {name: diffusers.shapes(name, getattr(preset, part.field)) for name, part in parts.items()}
 
 
 def _remark(own: Mapping[str, changes.Change]) -> str:

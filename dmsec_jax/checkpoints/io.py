@@ -7,6 +7,7 @@ opened: loading one runs code that its author chose.
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,15 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         first, last = entry["data_offsets"]
         tensors[name] = data[first:last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
+
+
+def forget(view: np.ndarray) -> None:
+    """Gives back the memory of what has been read of a mapped file, a view of which this is; it is read again where it is needed again."""
+    base: Any = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 Its files hold three networks under one roof: the UNet under `model.diffusion_model.`, the autoencoder under `first_stage_model.`, the text encoder
 under `cond_stage_model.transformer.` (CLIP, in transformers' names; NovelAI leaves `text_model.` out) or `cond_stage_model.model.` (OpenCLIP).
-Blocks are numbered through, so names depend on the config.
+Stable Diffusion XL has both, under `conditioner.embedders.`. Blocks are numbered through, so names depend on the whole tree.
 """
 
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +16,10 @@ from dmsec_jax.checkpoints.mapping import Rules, key_of
 from dmsec_jax.core.trees import flatten
 from dmsec_jax.core.types import Params
 from dmsec_jax.models.clip import TextConfig
-from dmsec_jax.models.unet import UNetConfig
-from dmsec_jax.models.vae import VAEConfig
 
 UNET, EMA, VAE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+CLIP_XL, OPEN_CLIP_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -41,26 +41,51 @@ TEXT_LAYER = {
 }
 
 
-def unet_rules(cfg: UNetConfig, target: Params) -> Rules:
+class Blocks(NamedTuple):
+    """What the numbers of a UNet's blocks depend on: residual blocks per level, and the upward levels with attention."""
+
+    layers: int
+    attending: frozenset[str]
+
+
+def blocks_of(target: Params) -> Blocks:
+    """Of a UNet's parameter tree."""
+    resnets = [name for name in target["down_blocks_0"] if name.startswith("resnets_")]
+    ups = [name for name in target if name.startswith("up_blocks_")]
+    return Blocks(len(resnets), frozenset(name[10:] for name in ups if "attentions_0" in target[name]))
+
+
+def unet_rules(target: Params) -> Rules:
     """The spelling below `UNET`."""
-    return Rules(names=_names(target, lambda key: _unet_name(key, cfg)))
+    blocks = blocks_of(target)
+    return Rules(names=_names(target, lambda key: unet_name(key, blocks)))
 
 
-def ema_rules(cfg: UNetConfig, target: Params) -> Rules:
+def ema_rules(target: Params) -> Rules:
     """The spelling below `EMA`, the running average of the UNet, where names have lost their dots."""
-    names = _names(target, lambda key: f"diffusion_model.{_unet_name(key, cfg)}".replace(".", ""))
+    blocks = blocks_of(target)
+    names = _names(target, lambda key: f"diffusion_model.{unet_name(key, blocks)}".replace(".", ""))
     return Rules(names=names, ignored=("decay", "num_updates"))
 
 
-def vae_rules(cfg: VAEConfig, target: Params) -> Rules:
+def vae_rules(target: Params) -> Rules:
     """The spelling below `VAE`; what attention multiplies with may be 1x1 convolutions."""
-    return Rules(names=_names(target, lambda key: _vae_name(key, len(cfg.block_out_channels))))
+    levels = sum(name.startswith("up_blocks_") for name in target["decoder"])
+    return Rules(names=_names(target, lambda key: _vae_name(key, levels)))
 
 
 def open_clip_rules(cfg: TextConfig, target: Params) -> Rules:
     """The spelling below `OPEN_CLIP`, after `split`; the last layer and the projection are not used by Stable Diffusion 2."""
-    ignored = (rf"transformer\.resblocks\.{cfg.num_hidden_layers}\..+", "text_projection", "logit_scale", "attn_mask")
-    return Rules(names=_names(target, _open_clip_name), ignored=ignored)
+    last = rf"transformer\.resblocks\.{cfg.num_hidden_layers}\..+"
+    return Rules(
+        names=_names(target, _open_clip_name), ignored=(last, r"text_projection\.weight", "logit_scale", "attn_mask")
+    )
+
+
+def open_clip_xl_rules(target: Params) -> Rules:
+    """The spelling below `OPEN_CLIP_XL`, after `split`: the whole encoder and its projection."""
+    names = _names(target, lambda key: _open_clip_name(key.removeprefix("text_model.")))
+    return Rules(names=names, ignored=("logit_scale", "attn_mask"))
 
 
 CLIP_RULES = mapping.TEXT_ENCODER
@@ -68,11 +93,16 @@ CLIP_RULES = mapping.TEXT_ENCODER
 
 
 def split(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """OpenCLIP's `attn.in_proj_weight` and `_bias` as three views each; those that cannot be split stay, and are then complained about."""
+    """OpenCLIP's `attn.in_proj_weight` and `_bias` as three views each, and its projection, which it multiplies from the right, as a layer's weight.
+
+    What cannot be split stays, and is then complained about.
+    """
     parts = {}
     for key, tensor in state.items():
         match = re.fullmatch(r"(.+\.attn\.)in_proj_(weight|bias)", key)
-        if match and tensor.ndim and len(tensor) % 3 == 0:
+        if key == "text_projection":
+            parts["text_projection.weight"] = tensor.T
+        elif match and tensor.ndim and len(tensor) % 3 == 0:
             thirds = np.split(tensor, 3)
             parts |= {f"{match[1]}{name}.{match[2]}": third for name, third in zip("qkv", thirds, strict=True)}
         else:
@@ -85,7 +115,9 @@ def join(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     joined = {}
     for key, tensor in state.items():
         match = re.fullmatch(r"(.+\.attn\.)([qkv])\.(weight|bias)", key)
-        if match is None:
+        if key == "text_projection.weight":
+            joined["text_projection"] = tensor.T
+        elif match is None:
             joined[key] = tensor
         elif match[2] == "q":
             joined[f"{match[1]}in_proj_{match[3]}"] = np.concatenate(
@@ -102,8 +134,9 @@ def _names(target: Params, rename: Callable[[str], str]) -> dict[str, str]:
     return names
 
 
-def _unet_name(key: str, cfg: UNetConfig) -> str:
-    steps = cfg.layers_per_block + 1
+def unet_name(key: str, blocks: Blocks) -> str:
+    """Latent diffusion's name of a parameter, from diffusers'."""
+    steps = blocks.layers + 1
     if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", key):
         side, level, kind, index, rest = match.groups()
         place = int(level) * steps + int(index) + (side == "down")
@@ -113,14 +146,16 @@ def _unet_name(key: str, cfg: UNetConfig) -> str:
         return f"input_blocks.{(int(match[1]) + 1) * steps}.0.op.{match[2]}"
     if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", key):
         level = int(match[1])
-        place = 2 if cfg.up_block_types[level].startswith("CrossAttn") else 1
-        return f"output_blocks.{level * steps + cfg.layers_per_block}.{place}.conv.{match[2]}"
+        place = 2 if match[1] in blocks.attending else 1
+        return f"output_blocks.{level * steps + blocks.layers}.{place}.conv.{match[2]}"
     if match := re.fullmatch(r"mid_block\.resnets\.([01])\.(.+)", key):
         return f"middle_block.{2 * int(match[1])}.{_renamed(match[2], UNET_RESNET)}"
     first = {
         "mid_block.attentions.0": "middle_block.1",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",

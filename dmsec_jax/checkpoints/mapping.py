@@ -9,18 +9,23 @@ become slashes, a number is joined to the name before it. What `weight` means fo
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from dmsec_jax.checkpoints.io import INTACT, forget
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
 
 Problem = tuple[str, str]
 """What kind of problem, and the key with it."""
+Place = Callable[[str, np.ndarray], Any]
+"""(path, view of a tensor in our layout and in the file's dtype) -> the tree's leaf: a copy, on the host or on devices."""
 WEIGHTS = ("kernel", "scale", "embedding")
+CONTRACT = "exactly the tensors that the configuration asks for"
+CURE = "check that config and weights belong together"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,26 @@ TEXT_ENCODER = Rules(  # transformers 5 saves without the prefix and reads both;
     ignored=(r"(text_model\.)?embeddings\.position_ids",),
     prefix="text_model.",
 )
+TEXT_ENCODER_2 = Rules(ignored=(r"text_model\.embeddings\.position_ids",))
+"""With a projection beside it, the branch of that name is part of the tree."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Partial:
+    """Leave to read weights that do not fit: what is unused or mis-shaped is left out, what is then missing is taken from a base model.
+
+    Attributes:
+        base: part ("unet", ...) -> parameters; a part that is not there must be complete.
+        problems: filled in by the readers: every kind of problem with its key.
+    """
+
+    base: Mapping[str, Params] = dataclasses.field(default_factory=dict)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+
+
+def float32(path: str, view: np.ndarray) -> np.ndarray:
+    """The `Place` of NumPy arrays that own their memory."""
+    return np.array(view, np.float32, order="C")
 
 
 def to_tree(state: Mapping[str, np.ndarray], rules: Rules, target: Params, name: str = "weights") -> Params:
@@ -68,12 +93,37 @@ def to_tree(state: Mapping[str, np.ndarray], rules: Rules, target: Params, name:
     Raises:
         ValueError: as `align`.
     """
-    return copied(align(state, rules, target, name))
+    return placed(align(state, rules, target, name))
 
 
-def copied(views: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The tree of the views that `align` found, as float32 arrays that own their memory."""
-    return unflatten({path: np.array(view, np.float32, order="C") for path, view in views.items()})
+def placed(views: Mapping[str, np.ndarray], place: Place = float32) -> dict[str, Any]:
+    """The tree of the views that `align` found, one leaf after the other, so that no more than one is in memory twice."""
+    leaves = {}
+    for path, view in views.items():
+        leaves[path] = place(path, view)
+        forget(view)
+    return unflatten(leaves)
+
+
+def settle(
+    part: str, views: Mapping[str, np.ndarray], problems: list[Problem], target: Params, partial: Partial | None
+) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    """What `compare` found, with what `partial` adds to it from its base, and the problems that stay."""
+    if partial is None or not problems:
+        return dict(views), problems
+    partial.problems += [(kind, f"{part}: {what}") for kind, what in problems]
+    found = {path: np.asarray(leaf) for path, leaf in flatten(partial.base.get(part, {})).items()} | dict(views)
+    absent = [("missing, and in no base model", path) for path in flatten(target).keys() - found.keys()]
+    return {path: found[path] for path in flatten(target).keys() & found.keys()}, absent
+
+
+def require_finite(views: Mapping[str, np.ndarray], rules: Rules, name: str) -> None:
+    """Raises ValueError on NaN or infinity, with the tensor's name in the file."""
+    for path, view in views.items():
+        finite = np.isfinite(view).all()
+        forget(view)
+        if not finite:
+            raise fail(f"tensor {spelling(path, rules)} of {name}", "finite", "NaN or infinity", INTACT)
 
 
 def align(
@@ -87,8 +137,7 @@ def align(
     """
     views, problems = compare(state, rules, target)
     if problems:
-        contract = "exactly the tensors that the configuration asks for"
-        raise complaint(name, contract, problems, "check that config and weights belong together")
+        raise complaint(name, CONTRACT, problems, CURE)
     return views
 
 
@@ -115,7 +164,9 @@ def compare(
             problems.append(("mis-shaped", f"{found}, expected {_torch_shape(path, leaves[path].shape)}"))
         elif tensor.dtype.kind not in "fV":  # ml_dtypes reports kind V for bfloat16
             problems.append(("not floating point", f"{key} {tensor.dtype}"))
-        sources[path], views[path] = key, view
+        else:
+            views[path] = view
+        sources[path] = key
     spelt = {key: name for name, key in rules.names.items()}
     for path in leaves.keys() - sources.keys():
         key = key_of(path, rules)
@@ -156,6 +207,12 @@ def canonical(key: str, rules: Rules) -> str:
         if match := re.fullmatch(pattern, key):
             return match.expand(template)
     return key
+
+
+def spelling(path: str, rules: Rules) -> str:
+    """The name of a leaf in the checkpoint."""
+    key = key_of(path, rules)
+    return rules.prefix + next((name for name, own in rules.names.items() if own == key), key)
 
 
 def path_of(key: str) -> str:

@@ -1,9 +1,10 @@
-"""Stable Diffusion 1.x and 2.x in one file (`.safetensors`, or `.ckpt` without running what is in it), as latent diffusion's own code writes it.
+"""Stable Diffusion 1.x, 2.x and XL in one file (`.safetensors`, or `.ckpt` without running what is in it), as latent diffusion's own code writes it.
 
 Such a file holds neither configs nor tokenizer, and its weights do not tell whether the UNet predicts noise or velocity: both come from the caller,
-or (what is predicted) from the `.yaml` of the same name beside it.
+or (what is predicted) from the `.yaml` of the same name beside it, from the file's metadata, or from marks that trainers of velocity leave in it.
 """
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ import yaml
 
 from dmsec_jax.checkpoints import ldm, mapping
 from dmsec_jax.checkpoints.adapters import read_state
-from dmsec_jax.checkpoints.diffusers import COMPONENTS, Model, shapes, tokenizer_folder
-from dmsec_jax.checkpoints.io import INTACT, write_tensors
-from dmsec_jax.checkpoints.mapping import Problem, Rules
+from dmsec_jax.checkpoints.diffusers import Model, Placer, components, on_host, shapes, tokenizer_folder
+from dmsec_jax.checkpoints.io import PICKLES, read_metadata, write_tensors
+from dmsec_jax.checkpoints.mapping import Partial, Problem, Rules
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.files import read_bounded
 from dmsec_jax.core.types import Params
@@ -27,10 +28,13 @@ Weights = Literal["model", "model_ema"]
 BESIDES = (
     r"(betas|alphas_cumprod|alphas_cumprod_prev|lvlb_weights|logvar|scale_factor)",
     r"(sqrt_|log_one_minus_|posterior_).+",
+    r"denoiser\.sigmas",
+    r"(v_pred|ztsnr)",
 )
-"""Tables of the noise schedule, which follow from its settings."""
+"""Tables of the noise schedule, which follow from its settings, and marks of what the UNet predicts."""
+KINDS = ("epsilon", "v_prediction")
 MAX_YAML = 2**16
-ANOTHER = "name a file of Stable Diffusion 1.x or 2.x"
+ANOTHER = "name a file of Stable Diffusion 1.x, 2.x or XL"
 CROSS_ATTENTION = re.compile(r"model\.diffusion_model\..+\.attn2\.to_k\.weight")
 
 
@@ -47,34 +51,53 @@ def read_model(
     tokenizer: str | Path | None,
     prediction_type: str | None,
     weights: Weights = "model",
+    placer: Placer = on_host,
+    partial: Partial | None = None,
 ) -> Model:
-    """Reads a whole model; its configs are those of SD 1.5 or 2.1, whichever the shapes fit.
+    """Reads a whole model; its configs are those of SD 1.5, 2.1 or XL, whichever the shapes fit.
 
     Args:
         path: the file.
-        tokenizer: folder with the tokenizer's files, for example of a diffusers folder of the same family.
-        prediction_type: "epsilon" or "v_prediction"; None: as the `.yaml` beside the file says.
+        tokenizer: folder with the tokenizer's files, for example of a diffusers folder; all families have one vocabulary.
+        prediction_type: "epsilon" or "v_prediction"; None: as `prediction_of` finds.
         weights: "model_ema" takes the running average of the UNet, in files that have one.
+        placer, partial: as in `diffusers.read_model`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the tokenizer or the prediction type is neither given nor known, on a model of another family, or as `read_params`.
     """
-    path = Path(path)
-    kinds, given = ("epsilon", "v_prediction"), prediction_type or prediction_beside(path)
-    cure = f"pass prediction_type={' or '.join(map(repr, kinds))}, as its author says; weights do not tell"
-    require(given in kinds, f"the prediction type of {path}", " or ".join(kinds), repr(given), cure)
+    return model_of(read(path), Path(path), tokenizer, prediction_type, weights, placer, partial)
+
+
+def model_of(
+    state: Mapping[str, np.ndarray],
+    path: Path,
+    tokenizer: str | Path | None,
+    prediction_type: str | None,
+    weights: Weights = "model",
+    placer: Placer = on_host,
+    partial: Partial | None = None,
+) -> Model:
+    """The model that the tensors of a file are; arguments and errors as of `read_model`."""
+    given = prediction_type or prediction_of(path, state)
+    require_known(path, given, tokenizer)
+    preset = preset_of(state, str(path), given)
+    params = params_of(state, preset, str(path), weights, placer, partial)
+    return Model(configs=preset, params=params, tokenizer=tokenizer_folder(Path(tokenizer)))
+
+
+def require_known(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> None:
+    """Raises ValueError unless both are given, which the file itself does not hold."""
+    cure = f"pass prediction_type={' or '.join(map(repr, KINDS))}, as its author says; weights do not tell"
+    known = " or ".join(KINDS)
+    require(prediction_type in KINDS, f"the prediction type of {path}", known, repr(prediction_type), cure)
     cure = "pass tokenizer=, the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
     require(tokenizer is not None, f"the tokenizer of {path}", "given, since a single file has none", None, cure)
-    state = read(path)
-    preset = preset_of(state, str(path), given)
-    return Model(
-        configs=preset, params=params_of(state, preset, str(path), weights), tokenizer=tokenizer_folder(Path(tokenizer))
-    )
 
 
 def read_params(path: str | Path, preset: Preset, weights: Weights = "model") -> dict[str, Params]:
-    """The parameters of all networks, for known configs: "unet", "vae", "text_encoder" -> nested dict of float32 arrays.
+    """The parameters of all networks, for known configs: part -> nested dict of float32 arrays.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -103,45 +126,64 @@ def preset_of(state: Mapping[str, np.ndarray], name: str, prediction_type: str) 
         ValueError: on another family.
     """
     widths = {tensor.shape[1] for key, tensor in state.items() if CROSS_ATTENTION.fullmatch(key) and tensor.ndim == 2}
-    known = {768: {"epsilon": presets.SD15}, 1024: {"epsilon": presets.SD21_BASE, "v_prediction": presets.SD21}}
+    known = {
+        768: {"epsilon": presets.SD15},
+        1024: {"epsilon": presets.SD21_BASE, "v_prediction": presets.SD21},
+        2048: {"epsilon": presets.SDXL},
+    }
     found = ", ".join(map(str, sorted(widths))) or "none"
-    require(
-        len(widths) == 1 and widths <= known.keys(), name, "conditioned on text of width 768 or 1024", found, ANOTHER
-    )
+    contract = f"conditioned on text of width {', '.join(map(str, known))}"
+    require(len(widths) == 1 and widths <= known.keys(), name, contract, found, ANOTHER)
     (width,) = widths
-    if prediction_type in known[width]:
-        return known[width][prediction_type]
-    (preset,) = known[width].values()
+    preset = known[width].get(prediction_type) or known[width]["epsilon"]
     scheduler = dict(preset.scheduler) | {"prediction_type": prediction_type}
-    return presets.Preset(unet=preset.unet, vae=preset.vae, text=preset.text, scheduler=scheduler)
+    scheduler |= {"rescale_betas_zero_snr": True} if "ztsnr" in state else {}
+    first = state.get(f"{ldm.UNET}input_blocks.0.0.weight", np.empty(0))
+    inputs = first.shape[1] if first.ndim == 4 else preset.unet.in_channels
+    unet = dataclasses.replace(
+        preset.unet, in_channels=inputs
+    )  # more of them for inpainting and for editing by instruction
+    return dataclasses.replace(preset, unet=unet, scheduler=scheduler)
 
 
 def params_of(
-    state: Mapping[str, np.ndarray], preset: Preset, name: str, weights: Weights = "model"
+    state: Mapping[str, np.ndarray],
+    preset: Preset,
+    name: str,
+    weights: Weights = "model",
+    placer: Placer = on_host,
+    partial: Partial | None = None,
 ) -> dict[str, Params]:
-    """The parameters that the tensors of a file are; arguments and errors as of `read_params`."""
+    """The parameters that the tensors of a file are; arguments and errors as of `read_model`."""
     views, problems = compare(state, preset, weights)
+    parts = _parts(preset, weights, open_clip=_open_clip(state))
+    if problems and partial is not None:
+        partial.problems += problems
+        quiet, problems = Partial(base=partial.base), []
+        for part, own in views.items():
+            views[part], absent = mapping.settle(part, own, [("", "")], parts[part].target, quiet)
+            problems += absent
     if problems:
         contract = "exactly the tensors of the configuration"
         raise mapping.complaint(name, contract, problems, "name the right base model, or correct the file")
-    for key, tensor in state.items():
-        finite = tensor.dtype.kind not in "fV" or bool(np.isfinite(tensor).all())
-        require(finite, f"tensor {key} of {name}", "finite", "NaN or infinity", INTACT)
-    return {part: mapping.copied(leaves) for part, leaves in views.items()}
+    for part, own in views.items():
+        rules = parts[part].rules
+        mapping.require_finite(own, dataclasses.replace(rules, prefix=parts[part].prefix + rules.prefix), name)
+    return {part: mapping.placed(own, placer(part)) for part, own in views.items()}
 
 
 def compare(
     state: Mapping[str, np.ndarray], preset: Preset, weights: Weights = "model"
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[Problem]]:
     """Path -> view for each network, and every missing, unused or mis-shaped key."""
-    parts = _parts(preset, weights, open_clip=any(key.startswith(ldm.OPEN_CLIP) for key in state))
+    parts = _parts(preset, weights, open_clip=_open_clip(state))
     views: dict[str, dict[str, np.ndarray]] = {}
     problems: list[Problem] = []
     taken: set[str] = set()
     for name, part in parts.items():
         own = {key.removeprefix(part.prefix): tensor for key, tensor in state.items() if key.startswith(part.prefix)}
         taken |= {part.prefix + key for key in own}
-        own = ldm.split(own) if part.prefix == ldm.OPEN_CLIP else own
+        own = ldm.split(own) if part.prefix in (ldm.OPEN_CLIP, ldm.OPEN_CLIP_XL) else own
         views[name], wrong = mapping.compare(own, part.rules, part.target)
         problems += [(kind, part.prefix + what) for kind, what in wrong]
     spare = (ldm.EMA, ldm.UNET)  # the other copy of the UNet
@@ -170,7 +212,7 @@ def write_model(
     for name, part in _parts(configs, "model", open_clip=configs.text.hidden_act == "gelu").items():
         state = mapping.to_state(params[name], part.rules)
         mapping.align(state, part.rules, part.target, f"params[{name!r}]")
-        if part.prefix == ldm.OPEN_CLIP:
+        if part.prefix in (ldm.OPEN_CLIP, ldm.OPEN_CLIP_XL):
             state = ldm.join(state)
         if name == "vae":  # there attention is made of 1x1 convolutions
             flat = lambda key, t: ".attn_1." in key and t.ndim == 2
@@ -179,19 +221,43 @@ def write_model(
     write_tensors(path, tensors, dtype=dtype, metadata={"format": "pt"} | dict(metadata or {}))
 
 
+def _open_clip(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether the one text encoder of a file is OpenCLIP's."""
+    return any(key.startswith(ldm.OPEN_CLIP) for key in state)
+
+
 def _parts(preset: Preset, weights: Weights, *, open_clip: bool) -> dict[str, Part]:
-    targets = {name: shapes(name, getattr(preset, component.field)) for name, component in COMPONENTS.items()}
+    targets = {name: shapes(name, getattr(preset, part.field)) for name, part in components(preset).items()}
     if weights not in ("model", "model_ema"):
         raise fail("weights", "'model' or 'model_ema'", repr(weights), "choose one of them")
     prefix, rules = (ldm.UNET, ldm.unet_rules) if weights == "model" else (ldm.EMA, ldm.ema_rules)
     text = targets["text_encoder"]
-    return {
-        "unet": Part(prefix, rules(preset.unet, targets["unet"]), targets["unet"]),
-        "vae": Part(ldm.VAE, ldm.vae_rules(preset.vae, targets["vae"]), targets["vae"]),
-        "text_encoder": Part(ldm.OPEN_CLIP, ldm.open_clip_rules(preset.text, text), text)
-        if open_clip
-        else Part(ldm.CLIP, ldm.CLIP_RULES, text),
+    parts = {
+        "unet": Part(prefix, rules(targets["unet"]), targets["unet"]),
+        "vae": Part(ldm.VAE, ldm.vae_rules(targets["vae"]), targets["vae"]),
     }
+    if preset.text_2 is not None:
+        second = targets["text_encoder_2"]
+        return parts | {
+            "text_encoder": Part(ldm.CLIP_XL, ldm.CLIP_RULES, text),
+            "text_encoder_2": Part(ldm.OPEN_CLIP_XL, ldm.open_clip_xl_rules(second), second),
+        }
+    if open_clip:
+        return parts | {"text_encoder": Part(ldm.OPEN_CLIP, ldm.open_clip_rules(preset.text, text), text)}
+    return parts | {"text_encoder": Part(ldm.CLIP, ldm.CLIP_RULES, text)}
+
+
+def prediction_of(path: Path, state: Mapping[str, np.ndarray]) -> str | None:
+    """What the UNet predicts, as far as it is written down: in the `.yaml` beside the file, by a mark among its tensors, or in its metadata.
+
+    None if it is written nowhere; raises as `prediction_beside`.
+    """
+    if beside := prediction_beside(path):
+        return beside
+    if "v_pred" in state:
+        return "v_prediction"
+    metadata = {} if path.suffix in PICKLES else read_metadata(path)
+    return {"epsilon": "epsilon", "v": "v_prediction"}.get(metadata.get("modelspec.prediction_type", ""))
 
 
 def prediction_beside(path: Path) -> str | None:

@@ -239,7 +239,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "__torch__":
+        if module.split(".")[0] == "__torch__" or f"{module}.{name}" == "torch.nn.modules.container.ParameterDict":
             return _Bag
         if module == "torch" and name in STORAGES:
             return _Kind(STORAGES[name])

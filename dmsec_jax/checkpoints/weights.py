@@ -1,8 +1,8 @@
-"""The weight files of one component: a safetensors file, or shards with an index, under diffusers' names.
+"""The weight files of one component: one file, or shards with an index, under diffusers' names; safetensors or, if there are none, PyTorch's.
 
 `<stem>.safetensors`, or `<stem>-00001-of-00002.safetensors`, ... and `<stem>.safetensors.index.json`; for the variant
 "fp16" `<stem>.fp16.safetensors`, or `<stem>.fp16-00001-of-00002.safetensors`, ... and
-`<stem>.safetensors.index.fp16.json`.
+`<stem>.safetensors.index.fp16.json`. PyTorch's end in `.bin`, transformers calls them `pytorch_model`; tensors alone are taken from them.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from dmsec_jax.checkpoints.io import INTACT, PICKLES, SAFE, read_tensors, stored_dtype, write_tensors
+from dmsec_jax.checkpoints import torch_archive
+from dmsec_jax.checkpoints.io import INTACT, read_tensors, stored_dtype, write_tensors
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.files import read_json, write_json
 
 SHARD_BYTES = 5 * 10**9
+READERS = {".safetensors": read_tensors, ".bin": torch_archive.read}
 
 
 def read_weights(folder: str | Path, stem: str, variant: str | None = None) -> dict[str, np.ndarray]:
@@ -27,20 +29,18 @@ def read_weights(folder: str | Path, stem: str, variant: str | None = None) -> d
         variant: "fp16" reads the files with that infix; None those without, or the fp16 ones if there are no others.
 
     Raises:
-        ValueError: if there is no safetensors file of that name (pickles are refused by name), it is damaged, or index
-            and shards disagree.
+        ValueError: if there is no file of that name, it is damaged or holds more than tensors, or index and shards disagree.
     """
     folder = Path(folder)
-    for infix in (f".{variant}",) if variant else ("", ".fp16"):
-        if (single := folder / f"{stem}{infix}.safetensors").is_file():
-            return read_tensors(single)
-        if (index := folder / f"{stem}.safetensors.index{infix}.json").is_file():
-            return _read_shards(index)
+    for suffix in READERS:
+        name = "pytorch_model" if suffix == ".bin" and stem == "model" else stem
+        for infix in (f".{variant}",) if variant else ("", ".fp16"):
+            if (single := folder / f"{name}{infix}{suffix}").is_file():
+                return READERS[suffix](single)
+            if (index := folder / f"{name}{suffix}.index{infix}.json").is_file():
+                return _read_shards(index, suffix)
     wanted = f"a folder with {stem}{f'.{variant}' if variant else ''}.safetensors"
     there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in there if Path(name).suffix in PICKLES]
-    if pickles:
-        raise fail(str(folder), wanted, f"only pickles, which can run code: {', '.join(pickles)}", SAFE)
     raise fail(str(folder), wanted, ", ".join(there) or "nothing", "download the missing file or name another variant")
 
 
@@ -81,7 +81,7 @@ def write_weights(
     write_json(folder / f"{stem}.safetensors.index{infix}.json", index, sort_keys=True)
 
 
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
+def _read_shards(index: Path, suffix: str) -> dict[str, np.ndarray]:
     """The union of the shards that the index names; the index must tell exactly what each of them holds."""
     places = read_json(index).get("weight_map")
     ok = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
@@ -89,15 +89,15 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     files = sorted(set(places.values()))
     for file in files:
         plain, contract = (
-            Path(file).name == file and file.endswith(".safetensors"),
-            "made of safetensors files beside it",
+            Path(file).name == file and file.endswith(suffix),
+            f"made of {suffix} files beside it",
         )
         require(plain, f"weight_map of {index}", contract, repr(file)[:200], INTACT)
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         path = index.with_name(file)
         require(path.is_file(), f"{file}, named by {index},", "a file", "nothing", "download the missing shard")
-        shard = read_tensors(path)
+        shard = READERS[suffix](path)
         wrong = sorted(shard.keys() ^ {name for name, place in places.items() if place == file})
         contract = f"made of the tensors that {index.name} lists"
         require(not wrong, str(path), contract, f"a difference in {wrong}", INTACT)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from dmsec_jax import authentication, pipeline
 from dmsec_jax.authentication import METHODS, RECOVERING, Settings, Unfinished
-from dmsec_jax.commands.extract import same_model
+from dmsec_jax.commands.extract import both, same_model
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import atomic_file
@@ -35,7 +36,7 @@ class Config:
     """Tell whether pictures were used to fine-tune a diffusion model, and how sure that is (CGI-DM and membership tests)."""
 
     model: Path
-    """The fine-tuned model: a diffusers folder, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
+    """The fine-tuned model: a diffusers folder, a hub id, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
     prompt: str
     """The prompt it was, or may have been, fine-tuned with."""
     images: Path
@@ -43,7 +44,12 @@ class Config:
     non_members: Path | None = None
     """Folder of pictures like them that were certainly not trained on; without them nothing can be concluded. Twenty are a good number."""
     base: Path = pipeline.EMBEDDED
-    """The model that it was made from."""
+    """The model that it was made from: a diffusers folder, a hub id or a single file."""
+    reading: tyro.conf.OmitArgPrefixes[pipeline.Reading] = pipeline.Reading()
+    adapter_strength: float = 1.0
+    """Of a LoRA or its relatives: 0 is the base model, 1 as trained."""
+    embeddings: tuple[Path, ...] = ()
+    """Files of textual inversion, whose words the prompt may use."""
     methods: tuple[str, ...] = DEFAULT
     """Tests; the verdict rests on the first. loss-difference is cheap, cgi-dm shows pictures that a person can judge. Others: loss,
     loss-difference-independent, cgi-dm-faithful, secmi, pia, pian, pfami, clid, gradient-norm."""
@@ -58,8 +64,7 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     check(cfg.methods, cfg.settings)
     require(0 <= cfg.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", cfg.seed, "choose another")
-    base = pipeline.load(cfg.base)
-    tuned = pipeline.load_tuned(cfg.model, base)
+    base, tuned = both(cfg.base, cfg.model, cfg.reading, cfg.images, cfg.adapter_strength, cfg.embeddings)
     pictures = images.read_folder(cfg.images, base.pixels)
     non_members = images.read_folder(cfg.non_members, base.pixels) if cfg.non_members else None
     found = authenticate(

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import Progress
 
@@ -69,13 +70,18 @@ class Config:
     """Extract training pictures from a fine-tuned diffusion model (FineXtract) and show which ones leaked."""
 
     model: Path
-    """The fine-tuned model: a diffusers folder, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
+    """The fine-tuned model: a diffusers folder, a hub id, a single file, or a LoRA (or LoCon, LoHa, LoKr, DoRA) for `base`."""
     prompt: str
     """The prompt it was fine-tuned with."""
     images: Path
     """Folder of the training pictures to compare with."""
     base: Path = pipeline.EMBEDDED
-    """The model that it was made from."""
+    """The model that it was made from: a diffusers folder, a hub id or a single file."""
+    reading: tyro.conf.OmitArgPrefixes[pipeline.Reading] = pipeline.Reading()
+    adapter_strength: float = 1.0
+    """Of a LoRA or its relatives: 0 is the base model, 1 as trained."""
+    embeddings: tuple[Path, ...] = ()
+    """Files of textual inversion, whose words the prompt may use."""
     holdout: Path | None = None
     """Folder of pictures like them that were not trained on: the null that the scores are compared with."""
     number: int | None = None
@@ -91,8 +97,7 @@ def run(cfg: Config) -> int:
     check(cfg.settings, number_known=cfg.number != 0)
     natural = cfg.number is None or cfg.number >= 0
     require(natural, "number", "0 (unknown) or more", cfg.number, "leave it out to count the pictures in images")
-    base = pipeline.load(cfg.base)
-    tuned = pipeline.load_tuned(cfg.model, base)
+    base, tuned = both(cfg.base, cfg.model, cfg.reading, cfg.images, cfg.adapter_strength, cfg.embeddings)
     pictures = images.read_folder(cfg.images, base.pixels)
     holdout = images.read_folder(cfg.holdout, base.pixels) if cfg.holdout else None
     number = len(pictures) if cfg.number is None else cfg.number or None
@@ -183,6 +188,17 @@ def extract(
     )
 
 
+def both(
+    base: Path, model: Path, reading: pipeline.Reading, pictures: Path, strength: float, words: Sequence[Path]
+) -> tuple[pipeline.Pipeline, pipeline.Pipeline]:
+    """The base model and the one that was made from it; what a single file predicts is judged by the pictures in a folder."""
+    look = lambda side: images.read_folder(pictures, side).images
+    first = pipeline.load(base, **vars(reading), pictures=look)
+    options = {"variant": reading.variant, "allow_partial": reading.allow_partial}
+    second = pipeline.load_tuned(model, first, strength=strength, **options)
+    return pipeline.with_words(first, words), pipeline.with_words(second, words)
+
+
 def same_model(base: pipeline.Pipeline, tuned: pipeline.Pipeline) -> list[str]:
     """Notes on parts of the two models that are equal or differ where they should not."""
     equal = lambda name: jax.tree.all(jax.tree.map(jnp.array_equal, base.params[name], tuned.params[name]))
@@ -191,6 +207,8 @@ def same_model(base: pipeline.Pipeline, tuned: pipeline.Pipeline) -> list[str]:
         notes.append("The two models are the same: nothing was learnt, so nothing can be found.")
     if not equal("vae"):
         notes.append("The fine-tuned model has another autoencoder; pictures are decoded by that of the base model.")
+    for name, loaded in (("base", base), ("fine-tuned", tuned)):
+        notes += pipeline.misfits(name, loaded)
     return notes
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import tyro
 from rich.console import Console
 
 from dmsec_jax import monitoring, pipeline, tuning
@@ -45,7 +46,8 @@ class Config:
     out: Path = Path("out/finetune")
     """Where the model folder, checkpoints, samples and result.json go."""
     model: Path = pipeline.EMBEDDED
-    """Model to start from, a diffusers folder."""
+    """Model to start from: a diffusers folder, a hub id or a single file."""
+    reading: tyro.conf.OmitArgPrefixes[pipeline.Reading] = pipeline.Reading()
     recipe: Path | None = None
     """YAML of `configs/finetune`; default: full fine-tuning with the embedded model's settings."""
     set: tuple[str, ...] = ()
@@ -93,7 +95,7 @@ def run(cfg: Config) -> int:
     inputs = _inputs(cfg, chosen)
     for note in inputs.pictures.notes:
         console.print(f"note: {page.printable(note)}", markup=False)
-    base = pipeline.load(cfg.model)
+    base = pipeline.load(cfg.model, **vars(cfg.reading))
     key_prior, key_tune, key_sample = jax.random.split(jax.random.key(cfg.seed), 3)
     prior = _prior(key_prior, base, cfg, inputs.prior)
     sheets = _Sheets(cfg, base, chosen, inputs, key_sample)
@@ -218,14 +220,14 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     require(ours, str(model), "a model folder or nothing", "something else", "choose another --out")
     other = cfg.model.resolve() != model.resolve()
     require(other, "model", "another than the one that is written", str(cfg.model), "choose another --out")
-    preset = diffusers.read_preset(cfg.model)
+    preset, tokenizer = pipeline.peek(cfg.model, cfg.reading)
     shapes = {name: diffusers.shapes(name, getattr(preset, diffusers.COMPONENTS[name].field)) for name in TRAINABLE}
     noise = schedule.from_scheduler_json(preset.scheduler, f"{cfg.model}/scheduler/scheduler_config.json")
     tuning.check(chosen, shapes if cfg.text_encoder else shapes["unet"], noise)
     size = preset.unet.sample_size * preset.vae.factor
     pictures = images.read_folder(cfg.images, size)
     prompts = [caption or cfg.prompt for caption in pictures.captions]
-    words = Tokenizer.load(cfg.model / "tokenizer")
+    words = Tokenizer.load(tokenizer)
     longest = min(words.max_length, preset.text.max_position_embeddings)
     dataclasses.replace(words, max_length=longest).encode([cfg.prompt, cfg.prior_prompt or "", *prompts])
     return Inputs(pictures, prompts, None if cfg.prior_images is None else images.read_folder(cfg.prior_images, size))
@@ -284,7 +286,7 @@ def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tu
         pictures=pictures.images,
         names=pictures.names,
         course=course,
-        notes=pictures.notes,
+        notes=(*pipeline.misfits("starting", base), *pictures.notes),
         command=page.command_line(sys.argv[1:]),
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
         seeds={"seed": cfg.seed},

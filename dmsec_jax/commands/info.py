@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from dmsec_jax.checkpoints import hub
 from dmsec_jax.checkpoints.inspection import Account, inspect
 from dmsec_jax.core.files import read_json, sha256
 from dmsec_jax.data.tokens import Tokenizer
@@ -22,16 +23,17 @@ class Config:
     """Say what a model or adapter is: family, parts, parameters, dtypes, ranks, metadata, SHA-256, and every key that does not fit."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A diffusers folder, a single file (.safetensors, .ckpt), or an adapter (LoRA, LoCon, LoHa, LoKr, DoRA)."""
+    """A diffusers folder, a hub id, a single file (.safetensors, .ckpt), an adapter (LoRA, LoCon, LoHa, LoKr, DoRA, OFT), or learnt words."""
     base: Path | None = None
     """For an adapter or a single file: the model that it is for or made from, a diffusers folder; default: what its shapes look like."""
 
 
 def run(cfg: Config) -> int:
     """Prints one page; 0 if everything fits and can be loaded, else 1."""
-    account = inspect(cfg.path, cfg.base)
-    problems = [*account.problems, *(_beside(cfg.path) if account.kind == "diffusers folder" else [])]
-    print(page(str(cfg.path), account, sha256(cfg.path), problems))
+    path = hub.fetch(cfg.path) if hub.is_id(cfg.path) else cfg.path
+    account = inspect(path, cfg.base)
+    problems = [*account.problems, *(_beside(path) if account.kind == "diffusers folder" else [])]
+    print(page(str(cfg.path), account, sha256(path), problems))
     sys.stdout.flush()
     return 1 if problems else 0
 
@@ -57,10 +59,13 @@ def page(path: str, account: Account, digest: str, problems: list[tuple[str, str
 def _beside(folder: Path) -> list[tuple[str, str]]:
     """What is wrong with scheduler and tokenizer."""
     problems = []
-    for what in (
+    readers = [
         lambda: schedule.from_scheduler_json(read_json(folder / "scheduler" / "scheduler_config.json"), "scheduler"),
         lambda: Tokenizer.load(folder / "tokenizer"),
-    ):
+    ]
+    if (folder / "text_encoder_2").is_dir():
+        readers.append(lambda: Tokenizer.load(folder / "tokenizer_2"))
+    for what in readers:
         try:
             what()
         except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+import tyro
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -41,7 +42,10 @@ class Config:
     out: Path = Path("out/protect")
     """Where the protected pictures (`pictures`), result.json and report.html go."""
     model: Path = pipeline.EMBEDDED
-    """The model to protect against, a diffusers folder."""
+    """The model to protect against: a diffusers folder, a hub id or a single file."""
+    reading: tyro.conf.OmitArgPrefixes[pipeline.Reading] = pipeline.Reading()
+    embeddings: tuple[Path, ...] = ()
+    """Files of textual inversion, whose words the prompt may use."""
     prompt: str = "a painting"
     """What somebody would call the pictures in training."""
     strength: Literal["slight", "medium", "strong"] = "medium"
@@ -81,7 +85,8 @@ def run(cfg: Config) -> int:
     check(cfg)
     files = _files(cfg.images)
     sizes = {path: shape_of(path, cfg.mask) for path in files}
-    protected = protect(cfg, sizes, pipeline.load(cfg.model), console)
+    model = pipeline.with_words(pipeline.load(cfg.model, **vars(cfg.reading)), cfg.embeddings)
+    protected = protect(cfg, sizes, model, console)
     report.write(cfg.out, protected)
     console.print(report.summary(protected), markup=False, highlight=False)
     console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
@@ -120,7 +125,8 @@ def protect(
     seconds["judgement"] = time.monotonic() - began
     inputs = {"model": base.sha256, **{f"picture {path.name}": sha256(path) for path in files}}
     account = {"command": page.command_line(sys.argv[1:]), "config": config.to_dict(cfg), "seeds": {"seed": cfg.seed}}
-    return dataclasses.replace(found, **account, seconds=seconds, inputs=inputs)
+    notes = (*pipeline.misfits("attacked", base), *found.notes)
+    return dataclasses.replace(found, **account, seconds=seconds, inputs=inputs, notes=notes)
 
 
 def settings_of(cfg: Config) -> Settings:

@@ -9,6 +9,7 @@ text has an encoding.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Tokenizer:
         merges: pairs of tokens, the earliest first.
         max_length: context of the text encoder, start and end marks included.
         pad: token that fills rows up to `max_length`: the end mark in Stable Diffusion 1, `"!"` in Stable Diffusion 2.
+        words: further words -> the ids that each stands for, beyond those of `vocab` (textual inversion); matched whole, in any case.
 
     Raises:
         ValueError: if the ids are not 0..n-1, if a mark, the pad token or a part or the result of a merge is not in
@@ -51,6 +53,7 @@ class Tokenizer:
     merges: tuple[tuple[str, str], ...] = dataclasses.field(repr=False)
     max_length: int = DEFAULT_LENGTH
     pad: str = EOS
+    words: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         ids, cure = list(self.vocab.values()), "take all files from one CLIP model"
@@ -60,6 +63,8 @@ class Tokenizer:
             require(token in self.vocab, "vocabulary", f"one with the token {token!r}", "one without", cure)
         require(self.max_length >= 2, "max_length", ">= 2", self.max_length, "use the context of the text encoder")
         object.__setattr__(self, "_backend", _backend(self.vocab, self.merges, self.pad))
+        object.__setattr__(self, "_learnt", {word.lower(): list(ids) for word, ids in self.words.items()})
+        object.__setattr__(self, "_split", _splitter(self._learnt))
         object.__setattr__(self, "_tokens", sorted(self.vocab, key=self.vocab.__getitem__))
 
     @property
@@ -141,7 +146,7 @@ class Tokenizer:
         require(not isinstance(texts, str), "texts", "a sequence of strings", "one string", "write [text]")
         ids = np.full((len(texts), self.max_length), self.pad_id, np.int32)
         for row, text in zip(ids, texts, strict=True):
-            found = self._backend.encode(_utf8(text), add_special_tokens=False).ids
+            found = self._ids(_utf8(text))
             if len(found) + 2 > self.max_length and not truncate:
                 got = f"{len(found) + 2} tokens for {text[:60]!r}{'...' if len(text) > 60 else ''}"
                 contract = f"at most {self.max_length} tokens, start and end mark included"
@@ -149,6 +154,13 @@ class Tokenizer:
             found = [self.bos_id, *found[: self.max_length - 2], self.eos_id]
             row[: len(found)] = found
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        pieces = self._split.split(text) if self.words else [text]  # every second one is a learnt word
+        known = lambda piece: self._backend.encode(piece, add_special_tokens=False).ids
+        return [
+            i for j, piece in enumerate(pieces) for i in ((j % 2 and self._learnt.get(piece.lower())) or known(piece))
+        ]
 
     def decode(self, ids: Int[np.ndarray, "B L"]) -> list[str]:
         """The B texts in lower case, a space after each word, digit and run of signs; a row ends at its first end mark.
@@ -184,6 +196,16 @@ def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], pad: s
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.add_special_tokens([token for token in (BOS, EOS, pad) if token in vocab])
     return backend
+
+
+def _splitter(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds whole words, the longest first; a word may begin and end with signs."""
+    edge = lambda letter, look: look if letter.isalnum() or letter == "_" else ""
+    choices = (
+        edge(word[0], r"(?<!\w)") + re.escape(word) + edge(word[-1], r"(?!\w)")
+        for word in sorted(words, key=len, reverse=True)
+    )
+    return re.compile(f"({'|'.join(choices)})", re.IGNORECASE)
 
 
 def _utf8(text: str) -> str:

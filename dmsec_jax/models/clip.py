@@ -2,7 +2,8 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
 
-Architecture and parameter paths are those of `transformers.CLIPTextModel`, without the `text_model` prefix.
+Architecture and parameter paths are those of `transformers.CLIPTextModel`, without the `text_model` prefix, and of
+`transformers.CLIPTextModelWithProjection`, which has a branch of that name beside its projection.
 """
 
 import dataclasses
@@ -97,6 +98,20 @@ def apply(cfg: TextConfig, params: Params, ids: Int[Array | np.ndarray, "B L"]) 
     return TextOutput(last_hidden=last_hidden, penultimate=penultimate, pooled=pooled)
 
 
+def init_projected(key: Key, cfg: TextConfig) -> Params:
+    """Random parameters of the encoder with a projection of its pooled state to `cfg.projection_dim`; raises like `init`."""
+    check_config(cfg)
+    ids = jax.ShapeDtypeStruct((1, cfg.max_position_embeddings), jnp.int32)
+    return initial.init(key, TextModelWithProjection(cfg), ids, std=partial(starting_std, cfg))
+
+
+def apply_projected(cfg: TextConfig, params: Params, ids: Int[Array | np.ndarray, "B L"]) -> TextOutput:
+    """`apply` for parameters of `init_projected`; `pooled` is projected."""
+    output = apply(cfg, params["text_model"], ids)
+    kernel = params["text_projection"]["kernel"].astype(cfg.dtype)
+    return output._replace(pooled=(output.pooled.astype(cfg.dtype) @ kernel).astype(jnp.float32))
+
+
 def check_config(cfg: TextConfig) -> None:
     """Raises ValueError on settings that this architecture does not have."""
     if cfg.hidden_size % cfg.num_attention_heads:
@@ -136,6 +151,17 @@ class TextModel(nn.Module):
         x, penultimate = Encoder(self.cfg, name="encoder")(x)
         x = layer_norm(self.cfg, "final_layer_norm")(x)
         return x.astype(jnp.float32), penultimate.astype(jnp.float32)
+
+
+class TextModelWithProjection(nn.Module):
+    """The parameters of a text model and of a projection without bias."""
+
+    cfg: TextConfig
+
+    @nn.compact
+    def __call__(self, ids):
+        last_hidden, _ = TextModel(self.cfg, name="text_model")(ids)
+        return nn.Dense(self.cfg.projection_dim, use_bias=False, name="text_projection")(last_hidden)
 
 
 class Embeddings(nn.Module):

@@ -11,12 +11,21 @@ from dmsec_jax.models.vae import VAEConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A latent diffusion model without its weights; `scheduler` is what diffusers' `scheduler_config.json` says."""
+    """A latent diffusion model without its weights.
+
+    Attributes:
+        unet, vae, text: the networks.
+        scheduler: what diffusers' `scheduler_config.json` says.
+        text_2: the second text encoder of Stable Diffusion XL, whose pooled state is projected.
+        silent_empty: the empty prompt stands for an embedding of zeros, not for what the text encoders make of it.
+    """
 
     unet: UNetConfig
     vae: VAEConfig
     text: TextConfig
     scheduler: Mapping[str, Any]
+    text_2: TextConfig | None = None
+    silent_empty: bool = False
 
 
 def _scheduler(class_name: str, prediction_type: str, **more: Any) -> dict[str, Any]:
@@ -72,6 +81,37 @@ SD21 = Preset(
     scheduler=_scheduler("DDIMScheduler", "v_prediction"),
 )
 """Stable Diffusion 2.1: 768 px, predicts v."""
+
+SDXL = Preset(
+    unet=UNetConfig(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+    vae=VAEConfig(scaling_factor=0.13025, sample_size=1024),
+    text=TextConfig(eos_token_id=2, bos_token_id=0),
+    text_2=TextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        projection_dim=1280,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        hidden_act="gelu",
+        eos_token_id=2,
+        bos_token_id=0,
+    ),
+    scheduler=_scheduler("EulerDiscreteScheduler", "epsilon", timestep_spacing="leading"),
+    silent_empty=True,
+)
+"""Stable Diffusion XL base 1.0: 1024 px, CLIP ViT-L/14 and OpenCLIP ViT-bigG/14."""
 
 NANO = Preset(
     unet=UNetConfig(
@@ -136,3 +176,27 @@ TINY = Preset(
     scheduler=_scheduler("DDIMScheduler", "epsilon"),
 )
 """For tests: random weights, 16 px pictures, every kind of block once."""
+
+TINY_XL = Preset(
+    unet=UNetConfig(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        cross_attention_dim=20,
+        attention_head_dim=(1, 2, 4),
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+        norm_num_groups=2,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=40,
+    ),
+    vae=dataclasses.replace(TINY.vae, scaling_factor=0.13025),
+    text=TINY.text,
+    text_2=dataclasses.replace(TINY.text, hidden_size=12, projection_dim=16, hidden_act="gelu", pad_token_id=0),
+    scheduler=_scheduler("EulerDiscreteScheduler", "epsilon", timestep_spacing="leading"),
+    silent_empty=True,
+)
+"""TINY in the manner of Stable Diffusion XL; its context takes two rows besides the tokens."""

@@ -1,6 +1,6 @@
-"""The denoising UNet of Stable Diffusion 1.x and 2.x.
+"""The denoising UNet of Stable Diffusion 1.x, 2.x and XL.
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022. Architecture, config field names
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022; Podell et al., "SDXL", 2023. Architecture, config field names
 and parameter paths are those of `diffusers.UNet2DConditionModel`.
 
 Parameters are float32; inputs are cast to `cfg.dtype` at the door; norm statistics, softmax and output are float32.
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Real
 
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.types import Key, Params
-from dmsec_jax.models import initial
+from dmsec_jax.models import conditioning, initial
 from dmsec_jax.models.attention import Transformer2D
 from dmsec_jax.models.layers import (
     Conv,
@@ -34,7 +34,6 @@ UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 FIXED = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "center_input_sample": False,
     "class_embed_type": None,
     "class_embeddings_concat": False,
@@ -71,6 +70,8 @@ class UNetConfig:
 
     `attention_head_dim` is the NUMBER of heads (diffusers' misnomer), for all levels or one per level, finest first.
     `upcast_attention` is kept for the file's sake and changes nothing: softmax is always float32.
+    `addition_embed_type="text_time"` is Stable Diffusion XL: the context then carries a pooled embedding and sizes, see `conditioning`;
+    `projection_class_embeddings_input_dim` counts both, each size as `addition_time_embed_dim` sinusoidal features.
     `remat="block"` recomputes each residual and transformer block in the backward pass, "none" stores activations.
     """
 
@@ -90,6 +91,9 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     dtype: str = "float32"
     remat: str = "none"
 
@@ -97,6 +101,18 @@ class UNetConfig:
     def factor(self) -> int:
         """Sides of a latent must be multiples of this."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled embedding that a context carries; 0 if it carries none."""
+        if self.addition_embed_type is None:
+            return 0
+        return self.projection_class_embeddings_input_dim - conditioning.SIZES * self.addition_time_embed_dim
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows of a context below its tokens."""
+        return conditioning.rows(self.pooled_width, self.cross_attention_dim) if self.addition_embed_type else 0
 
 
 def init(key: Key, cfg: UNetConfig) -> Params:
@@ -110,7 +126,7 @@ def init(key: Key, cfg: UNetConfig) -> Params:
     z_t = jax.ShapeDtypeStruct((1, cfg.factor, cfg.factor, cfg.in_channels), jnp.float32)
     t, context = (
         jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((1, 1, cfg.cross_attention_dim), jnp.float32),
+        jax.ShapeDtypeStruct((1, 1 + cfg.extra_rows, cfg.cross_attention_dim), jnp.float32),
     )
     return initial.init(key, UNet(cfg), z_t, t, context)
 
@@ -129,7 +145,7 @@ def apply(
         params: as `init` makes them.
         z_t: noisy scaled latent; h and w multiples of `cfg.factor`.
         t: index into the schedule.
-        context: text embedding, D = `cfg.cross_attention_dim`.
+        context: text embedding, D = `cfg.cross_attention_dim`; for XL as `conditioning.pack` makes it.
 
     Raises:
         ValueError: on shapes that do not fit `cfg` or each other.
@@ -166,6 +182,14 @@ def check_config(cfg: UNetConfig) -> None:
                 channels,
                 "change one of them",
             )
+    kind = cfg.addition_embed_type
+    require(kind in (None, "text_time"), "addition_embed_type", "None or 'text_time'", repr(kind), "use another model")
+    if kind is not None:
+        sizes, whole = cfg.addition_time_embed_dim, cfg.projection_class_embeddings_input_dim
+        fits = sizes is not None and whole is not None and whole > conditioning.SIZES * sizes
+        got = f"{whole} with addition_time_embed_dim={sizes}"
+        contract = f"more than {conditioning.SIZES} times addition_time_embed_dim"
+        require(fits, "projection_class_embeddings_input_dim", contract, got, "give both as the model's config does")
     require(
         cfg.dtype in ("float32", "bfloat16"), "dtype", "'float32' or 'bfloat16'", repr(cfg.dtype), "choose one of them"
     )
@@ -188,8 +212,9 @@ def check_inputs(cfg: UNetConfig, z_t: tuple[int, ...], t: tuple[int, ...], cont
     require(t == z_t[:1], "t", f"[B] = [{z_t[0]}]", f"shape {t}", "use jnp.full((B,), t)")
     fits = len(context) == 3 and context[0] == z_t[0] and context[2] == cfg.cross_attention_dim
     cure = "use the text encoder that belongs to this UNet, and one row per latent"
-    if not fits:
-        raise fail("context", f"[{z_t[0]}, L, {cfg.cross_attention_dim}]", f"shape {context}", cure)
+    if not fits or context[1] <= cfg.extra_rows:
+        length = f"L > {cfg.extra_rows}" if cfg.extra_rows else "L"
+        raise fail("context", f"[{z_t[0]}, {length}, {cfg.cross_attention_dim}]", f"shape {context}", cure)
 
 
 class UNet(nn.Module):
@@ -202,8 +227,13 @@ class UNet(nn.Module):
         cfg, widths = self.cfg, self.cfg.block_out_channels
         heads, depths = per_level(cfg.attention_head_dim, cfg), per_level(cfg.transformer_layers_per_block, cfg)
         levels = len(widths)
-        features = timestep_features(t, widths[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
-        time = TimestepEmbedding(4 * widths[0], cfg.dtype, name="time_embedding")(features)
+        waves = partial(timestep_features, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
+        time = TimestepEmbedding(4 * widths[0], cfg.dtype, name="time_embedding")(waves(t, widths[0]))
+        if cfg.addition_embed_type is not None:
+            context, pooled, sizes = conditioning.unpack(context, cfg.pooled_width)
+            sizes = waves(sizes.reshape(-1), cfg.addition_time_embed_dim).reshape(len(pooled), -1)
+            besides = jnp.concatenate([pooled.astype(jnp.float32), sizes], -1)
+            time += TimestepEmbedding(4 * widths[0], cfg.dtype, name="add_embedding")(besides)
         context = context.astype(cfg.dtype)
         x = Conv(widths[0], dtype=cfg.dtype, name="conv_in")(z_t.astype(cfg.dtype))
         skips = [x]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmsec_jax.checkpoints.adapter_export import write_lora
+from dmsec_jax.checkpoints.adapter_export import write_difference, write_lora
 from dmsec_jax.checkpoints.adapters import low_rank, merge, read_adapter
 from dmsec_jax.checkpoints.diffusers import shapes
 from dmsec_jax.checkpoints.io import write_tensors
@@ -357,10 +357,57 @@ def test_only_a_lora_is_written(tmp_path):
     for tree, message in (
         ({"unet": {}}, "a LoRA, got an empty tree"),
         ({"unet": {"conv_in": {"down": HADA}}}, "made of down and up, got conv_in/down"),
-        ({"vae": {"conv_in": {"down": HADA, "up": HADA}}}, "made of unet, text_encoder, got vae"),
+        ({"vae": {"conv_in": {"down": HADA, "up": HADA}}}, "made of unet, text_encoder, text_encoder_2, got vae"),
     ):
         with pytest.raises(ValueError, match=message):
             write_lora(tmp_path / "a.safetensors", tree)
     with pytest.raises(ValueError, match="layout must be one of diffusers, kohya"):
         write_lora(tmp_path / "a.safetensors", {}, layout="a1111")
     assert list(tmp_path.iterdir()) == []
+
+
+def oft_state(blocks=2, alpha=0.0):
+    layer = QUERY.replace(".", "_")
+    rows = {"oft_blocks": 0.3 * random((blocks, 8 // blocks, 8 // blocks), 1), "alpha": np.float32(alpha)}
+    return {f"lora_unet_{layer}.{name}": value for name, value in rows.items()}
+
+
+def test_oft_turns_outputs_in_blocks(tmp_path):
+    """One block against the matrix equation; the kernel's singular values stay."""
+    state = oft_state(1)
+    moved = merge(BASE, read(tmp_path, state))
+    part, path = paths(QUERY)
+    before, after = flatten(BASE[part])[path].T, flatten(moved[part])[path].T
+    block = next(iter(state.values()))[0]
+    skew = block - block.T
+    np.testing.assert_allclose(
+        (np.eye(8) + skew).T @ np.linalg.inv(np.eye(8) - skew).T, (np.eye(8) - skew) @ np.linalg.inv(np.eye(8) + skew)
+    )
+    np.testing.assert_allclose((np.eye(8) + skew) @ after, (np.eye(8) - skew) @ before, rtol=1e-4, atol=1e-4)
+    values = [np.linalg.svd(kernel, compute_uv=False) for kernel in (before, after)]
+    np.testing.assert_allclose(*values, rtol=1e-4)
+    assert np.abs(after - before).max() > 0.1
+
+
+def test_a_constraint_of_oft_is_read_only_where_it_bounds_nothing(tmp_path):
+    free, loose = (merge(BASE, read(tmp_path, oft_state(alpha=alpha))) for alpha in (0.0, 1e3))
+    assert_close(free, loose)
+    with pytest.raises(ValueError, match="a constraint that programs read differently: lora_unet_.*alpha, with blocks"):
+        read(tmp_path, oft_state(alpha=1e-3))
+    state = oft_state()
+    state = {key: value[:, :2] if value.ndim == 3 else value for key, value in state.items()}
+    with pytest.raises(ValueError, match=r"expected square blocks \[n, m, m\] with n m = 8"):
+        read(tmp_path, state)
+
+
+def test_difference_of_whole_kernels_comes_back(tmp_path):
+    wanted = expected()
+    write_difference(tmp_path / "diff.safetensors", BASE, wanted)
+    adapter = read_adapter(tmp_path / "diff.safetensors", TARGETS)
+    assert {change.family for own in adapter.changes.values() for change in own.values()} == {"full"}
+    assert_close(merge(BASE, adapter), wanted)
+    with pytest.raises(ValueError, match="different from the base model, got equal kernels"):
+        write_difference(tmp_path / "none.safetensors", BASE, BASE)
+    biased = map_paths(lambda path, leaf: leaf + path.endswith("bias"), BASE["unet"])
+    with pytest.raises(ValueError, match="different in kernels alone, got unet/"):
+        write_difference(tmp_path / "none.safetensors", BASE, BASE | {"unet": biased})

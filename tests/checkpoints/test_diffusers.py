@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmsec_jax.checkpoints.diffusers import COMPONENTS, Model, read_component, read_model, shapes, write_model
+from dmsec_jax.checkpoints.diffusers import XL, Model, components, read_component, read_model, shapes, write_model
 from dmsec_jax.checkpoints.io import read_metadata, read_tensors, write_tensors
 from dmsec_jax.core.trees import flatten, map_paths
 from dmsec_jax.diffusion.schedule import from_scheduler_json
@@ -18,18 +18,22 @@ DIFFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def config_of(preset, name):
-    return getattr(preset, COMPONENTS[name].field)
+    return getattr(preset, XL[name].field)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def filled(preset, tmp_path_factory):
     draw = np.random.default_rng(0)
     fill = lambda _, leaf: draw.normal(size=leaf.shape).astype(np.float32)
     tokenizer = tmp_path_factory.mktemp("tokenizer")
     for name, text in {"vocab.json": "{}", "merges.txt": "", "private.txt": "secret"}.items():
         (tokenizer / name).write_text(text)
-    params = {name: map_paths(fill, shapes(name, config_of(presets.TINY, name))) for name in COMPONENTS}
-    return Model(configs=presets.TINY, params=params, tokenizer=tokenizer)
+    params = {name: map_paths(fill, shapes(name, config_of(preset, name))) for name in components(preset)}
+    return Model(configs=preset, params=params, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return filled(presets.TINY, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,20 @@ def test_whole_model_comes_back(model, written):
     assert all(one == other for one, other in networks)
     assert from_scheduler_json(read.configs.scheduler) == from_scheduler_json(model.configs.scheduler)
     assert sorted(file.name for file in read.tokenizer.iterdir()) == ["merges.txt", "vocab.json"]
+
+
+@pytest.mark.slow  # traces four networks
+def test_xl_comes_back_with_both_text_encoders(tmp_path_factory, tmp_path):
+    model = filled(presets.TINY_XL, tmp_path_factory)
+    write_model(tmp_path / "m", model, "float32")
+    read = read_model(tmp_path / "m")
+    assert_params(read.params, model.params)
+    assert read.configs.silent_empty
+    assert all(getattr(read.configs, f) == getattr(model.configs, f) for f in ("unet", "vae", "text", "text_2"))
+    assert sorted(file.name for file in read.tokenizer_2.iterdir()) == ["merges.txt", "vocab.json"]
+    change_json(tmp_path / "m" / "text_encoder_2" / "config.json", projection_dim=8)
+    with pytest.raises(ValueError, match="pooled embedding of unet must be 8 wide, as in text_encoder_2, got 16"):
+        read_model(tmp_path / "m")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -124,10 +142,10 @@ def test_missing_config_is_named(folder, file):
         read_model(folder)
 
 
-def test_only_pickles(folder):
+def test_a_file_that_pytorch_did_not_write(folder):
     path = folder / "text_encoder" / "model.safetensors"
     path.rename(path.with_name("pytorch_model.bin"))
-    with pytest.raises(ValueError, match=r"only pickles, which can run code: pytorch_model\.bin"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin must be an intact PyTorch file"):
         read_model(folder)
 
 
@@ -140,7 +158,8 @@ def test_no_tokenizer(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "a further component 'text_encoder_2'"),
+        ({"image_projection": ["diffusers", "Projection"]}, "a further component 'image_projection'"),
+        ({"text_encoder_2": ["transformers", "T5EncoderModel"]}, r"text_encoder_2 must be .*CLIPTextModelWithProj"),
         ({"unet": ["diffusers", "UNet2DModel"]}, r"unet must be \['diffusers', 'UNet2DConditionModel'\]"),
     ],
 )

@@ -1,12 +1,13 @@
 """Whole models in one file: round trips, spellings of real files, and what is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dmsec_jax.checkpoints import ldm, single_file
-from dmsec_jax.checkpoints.diffusers import COMPONENTS, shapes
+from dmsec_jax.checkpoints.diffusers import components, shapes
 from dmsec_jax.checkpoints.io import read_tensors, write_tensors
 from dmsec_jax.core.trees import flatten, map_paths
 from dmsec_jax.models import presets
@@ -22,7 +23,7 @@ PRESETS = {"clip": presets.TINY, "open clip": OPEN_CLIP}
 def filled(preset):
     draw = np.random.default_rng(0)
     fill = lambda _, leaf: draw.normal(size=leaf.shape).astype(np.float32)
-    fields = {name: component.field for name, component in COMPONENTS.items()}
+    fields = {name: component.field for name, component in components(preset).items()}
     return {name: map_paths(fill, shapes(name, getattr(preset, field))) for name, field in fields.items()}
 
 
@@ -48,6 +49,19 @@ def assert_equal(read, expected):
 def test_round_trip_is_exact(tmp_path, name):
     path, _ = written(tmp_path, name)
     assert_equal(single_file.read_params(path, PRESETS[name]), MODELS[name])
+
+
+@pytest.mark.slow  # traces four networks
+def test_round_trip_of_xl_is_exact(tmp_path):
+    params = filled(presets.TINY_XL)
+    single_file.write_model(tmp_path / "xl.safetensors", presets.TINY_XL, params, "float32")
+    assert_equal(single_file.read_params(tmp_path / "xl.safetensors", presets.TINY_XL), params)
+    names = read_tensors(tmp_path / "xl.safetensors")
+    for name in ("embedders.0.transformer.text_model.final_layer_norm.weight", "embedders.1.model.text_projection"):
+        assert f"conditioner.{name}" in names
+    np.testing.assert_array_equal(
+        names["conditioner.embedders.1.model.text_projection"], params["text_encoder_2"]["text_projection"]["kernel"]
+    )
 
 
 def test_names_and_layouts_of_latent_diffusion(tmp_path):
@@ -152,13 +166,29 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     (768, "epsilon", presets.SD15),
     (1024, "epsilon", presets.SD21_BASE),
     (1024, "v_prediction", presets.SD21),
+    (2048, "epsilon", presets.SDXL),
 ])  # fmt: skip
 def test_family_from_the_width_of_the_text(width, kind, expected):
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     weight = np.broadcast_to(np.float32(0), (320, width))
-    assert single_file.preset_of({key: weight}, "file", kind) is expected
-    with pytest.raises(ValueError, match="of width 768 or 1024, got 2048"):
-        single_file.preset_of({key: np.broadcast_to(np.float32(0), (320, 2048))}, "file", kind)
+    assert single_file.preset_of({key: weight}, "file", kind) == expected
+    with pytest.raises(ValueError, match="of width 768, 1024, 2048, got 640"):
+        single_file.preset_of({key: np.broadcast_to(np.float32(0), (320, 640))}, "file", kind)
+
+
+def test_more_input_channels_and_marks_of_velocity():
+    keys = (
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.0.0.weight",
+    )
+    shapes = ((640, 2048), (320, 9, 3, 3))
+    state = {key: np.broadcast_to(np.float32(0), shape) for key, shape in zip(keys, shapes, strict=True)}
+    marked = state | {"v_pred": np.zeros(0), "ztsnr": np.zeros(0)}
+    assert single_file.prediction_of(Path("model.ckpt"), state) is None
+    assert single_file.prediction_of(Path("model.ckpt"), marked) == "v_prediction"
+    preset = single_file.preset_of(marked, "file", "v_prediction")
+    assert (preset.unet.in_channels, preset.unet.out_channels) == (9, 4)
+    assert preset.scheduler["rescale_betas_zero_snr"]
 
 
 def test_velocity_with_the_first_family_keeps_its_networks():
@@ -189,7 +219,7 @@ def test_a_tokenizer_completes_the_model(tmp_path, monkeypatch):
     path, _ = written(tmp_path, "clip")
     for name, text in {"vocab.json": "{}", "merges.txt": ""}.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="of width 768 or 1024, got 8"):
+    with pytest.raises(ValueError, match="of width 768, 1024, 2048, got 8"):
         single_file.read_model(path, tmp_path, "epsilon")
     monkeypatch.setattr(single_file.presets, "SD15", presets.TINY)
     monkeypatch.setattr(single_file, "preset_of", lambda state, name, kind: presets.TINY)
@@ -199,13 +229,18 @@ def test_a_tokenizer_completes_the_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # traces networks of full size
-@pytest.mark.parametrize("preset", ["SD15", "SD21"])
+@pytest.mark.parametrize("preset", ["SD15", "SD21", "SDXL"])
 def test_full_size_names_are_one_to_one(preset):
     preset = getattr(presets, preset)
     parts = single_file._parts(preset, "model", open_clip=preset is presets.SD21)
     names = [part.prefix + name for part in parts.values() for name in part.rules.names]
     assert len(set(names)) == len(names)
-    assert "model.diffusion_model.input_blocks.11.0.in_layers.0.weight" in names
-    assert "model.diffusion_model.output_blocks.8.2.conv.weight" in names
+    if preset is presets.SDXL:
+        assert "model.diffusion_model.input_blocks.8.1.transformer_blocks.9.attn1.to_q.weight" in names
+        assert "model.diffusion_model.output_blocks.5.2.conv.weight" in names
+        assert "conditioner.embedders.1.model.text_projection.weight" in names
+    else:
+        assert "model.diffusion_model.input_blocks.11.0.in_layers.0.weight" in names
+        assert "model.diffusion_model.output_blocks.8.2.conv.weight" in names
     assert "first_stage_model.decoder.up.3.upsample.conv.weight" in names
     assert ldm.EMA not in "".join(names)

@@ -1,8 +1,10 @@
 import json
+import zipfile
 
 import numpy as np
 import pytest
 
+from benchmarks.readers import _archive
 from dmsec_jax.checkpoints.io import read_metadata, read_tensors, write_tensors
 from dmsec_jax.checkpoints.weights import read_weights, write_weights
 
@@ -55,9 +57,25 @@ def test_variants(tmp_path, shard_bytes):
         read_weights(tmp_path, "model", "ema")
 
 
-def test_pickles_are_refused_by_name(tmp_path):
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(ValueError, match=r"only pickles, which can run code: diffusion_pytorch_model\.bin; ask its"):
+def test_files_of_pytorch_are_read_where_there_are_no_others(tmp_path):
+    archive = _archive()  # {"a": 0..5 as [2, 3]}
+    names = ("pytorch_model.bin", "pytorch_model.fp16.bin")
+    for name, variant in zip(names, (None, "fp16"), strict=True):
+        (tmp_path / name).write_bytes(archive)
+        np.testing.assert_array_equal(read_weights(tmp_path, "model", variant)["a"], np.arange(6).reshape(2, 3))
+    (tmp_path / names[0]).rename(tmp_path / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert list(read_weights(tmp_path, "model")) == ["a"]
+    write_weights(tmp_path, "model", TENSORS)
+    assert same(read_weights(tmp_path, "model"))
+
+
+def test_pickles_with_anything_but_tensors_are_refused(tmp_path):
+    code = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
+    with zipfile.ZipFile(tmp_path / "diffusion_pytorch_model.bin", "w") as archive:
+        archive.writestr("x/data.pkl", code)
+    with pytest.raises(ValueError, match=r"made of tensors and containers, got a call of os\.system"):
         read_weights(tmp_path, "diffusion_pytorch_model")
 
 
@@ -78,9 +96,12 @@ def damage(index, change):
     [
         (lambda v: v.pop("weight_map"), "a table of tensor to file name, got None"),
         (lambda v: v["weight_map"].update({"layer.0.weight": 3}), "a table of tensor to file name"),
-        (lambda v: v["weight_map"].update({"layer.0.weight": "../model.safetensors"}), "safetensors files beside it"),
-        (lambda v: v["weight_map"].update({"layer.0.weight": "/etc/x.safetensors"}), "safetensors files beside it"),
-        (lambda v: v["weight_map"].update({"layer.0.weight": "model.bin"}), "safetensors files beside it"),
+        (
+            lambda v: v["weight_map"].update({"layer.0.weight": "../model.safetensors"}),
+            r"\.safetensors files beside it",
+        ),
+        (lambda v: v["weight_map"].update({"layer.0.weight": "/etc/x.safetensors"}), r"\.safetensors files beside it"),
+        (lambda v: v["weight_map"].update({"layer.0.weight": "model.bin"}), r"\.safetensors files beside it"),
         (lambda v: v["weight_map"].update({"layer.0.weight": "gone.safetensors"}), r"gone\.safetensors.*missing shard"),
         (lambda v: v["weight_map"].pop("layer.0.weight"), r"a difference in \['layer\.0\.weight'\]"),
         (lambda v: v["weight_map"].update({"more": v["weight_map"]["layer.4.weight"]}), r"a difference in \['more'\]"),

@@ -19,11 +19,13 @@ def shapes(init, cfg):
     [
         (unet.init, presets.SD15.unet, 859_520_964),
         (unet.init, presets.SD21.unet, 865_910_724),
+        pytest.param(unet.init, presets.SDXL.unet, 2_567_463_684, marks=pytest.mark.slow),  # 24 transformers deep
         (vae.init, presets.SD15.vae, 83_653_863),
         (clip.init, presets.SD15.text, 123_060_480),
         (clip.init, presets.SD21.text, 340_387_840),
+        (clip.init_projected, presets.SDXL.text_2, 694_659_840),
     ],
-    ids=["unet-1.x", "unet-2.x", "vae", "text-1.x", "text-2.x"],
+    ids=["unet-1.x", "unet-2.x", "unet-xl", "vae", "text-1.x", "text-2.x", "text-xl"],
 )
 def test_parameter_counts_are_those_of_the_published_models(init, cfg, parameters):
     assert trees.count(shapes(init, cfg)) == parameters

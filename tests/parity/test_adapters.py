@@ -1,14 +1,17 @@
 """Our LoRA in PyTorch diffusers, and theirs here: the same weights change what both networks compute alike."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dmsec_jax import pipeline
-from dmsec_jax.checkpoints.adapter_export import write_lora
-from dmsec_jax.checkpoints.io import write_tensors
+from dmsec_jax.checkpoints.adapter_export import write_lora, write_oft
+from dmsec_jax.checkpoints.io import read_tensors, write_tensors
 from dmsec_jax.finetune.lora import lora
+from dmsec_jax.finetune.oft import oft
 
 pytestmark = pytest.mark.torch
 PROMPT = "a twemoji icon of a red heart"
@@ -124,3 +127,55 @@ def test_dora_means_the_same_there(base, theirs, trainable, tmp_path):
     write_tensors(tmp_path / "dora.safetensors", state)
     theirs.load_lora_weights(str(tmp_path), weight_name="dora.safetensors")
     assert_alike(pipeline.load_tuned(tmp_path / "dora.safetensors", base), theirs, base)
+
+
+def old_keys(state):
+    """PEFT's keys of attention layers as diffusers spelt them before 0.22."""
+    renamed = {}
+    for key, value in state.items():
+        key = key.replace(".lora_A.", ".down.").replace(".lora_B.", ".up.")
+        layer, factor = key.rsplit(".", 2)[0], ".".join(key.rsplit(".", 2)[1:])
+        place, _, name = layer.removesuffix(".0").rpartition(".")
+        text = layer.startswith("text_encoder")
+        short = f"to_{name.removesuffix('_proj')}_lora" if text else f"processor.{name}_lora"
+        renamed[f"{place}.{short}.{factor}"] = value
+    return renamed
+
+
+def test_one_random_adapter_in_three_layouts_gives_one_forward_pass(base, theirs, tmp_path):
+    key, trees = jax.random.key(3), {}
+    for part, targets in (("unet", "attention"), ("text_encoder", "text-attention")):
+        trees[part] = lora(4, None, targets).init(key, base.params[part])
+    leaves, structure = jax.tree.flatten(trees)
+    noise = [leaf + 0.05 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(leaves)]
+    trees = jax.tree.unflatten(structure, noise)
+    files = {layout: tmp_path / f"{layout}.safetensors" for layout in ("diffusers", "kohya", "old")}
+    for layout in ("diffusers", "kohya"):
+        write_lora(files[layout], trees, RATIO, layout)
+    write_tensors(files["old"], old_keys(read_tensors(files["diffusers"])))
+    theirs.load_lora_weights(str(tmp_path), weight_name=files["diffusers"].name)
+    _, expected = both(base, theirs)
+    for layout, file in files.items():
+        tuned = pipeline.load_tuned(file, base)
+        context, found, _ = ours(tuned)
+        np.testing.assert_allclose(context, expected[0], atol=1e-4, err_msg=layout)
+        np.testing.assert_allclose(np.moveaxis(np.asarray(found), -1, 1), expected[1], atol=1e-4, err_msg=layout)
+
+
+@pytest.mark.parametrize("cayley", ["reference", "peft"])
+def test_our_oft_turns_their_network_too(base, theirs, tmp_path, cayley):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    adapter = oft(4, "attention", cayley)
+    trainable = adapter.init(jax.random.key(0), base.params["unet"])
+    turn = lambda leaf: 0.2 * jax.random.normal(jax.random.key(leaf.shape[-1]), leaf.shape)
+    trainable = jax.tree.map(turn, trainable)
+    write_oft(tmp_path, trainable, cayley)
+    merged = adapter.merge(base.params["unet"], trainable)
+    tuned = dataclasses.replace(base, params={**base.params, "unet": merged})
+    context, found, z_t = ours(tuned)
+    network = peft.PeftModel.from_pretrained(theirs.unet, str(tmp_path))
+    with torch.no_grad():
+        latent = torch.from_numpy(np.array(np.moveaxis(np.asarray(z_t), -1, 1)))
+        expected = network(latent, torch.tensor([300]), torch.from_numpy(np.array(context))).sample
+    np.testing.assert_allclose(np.moveaxis(np.asarray(found), -1, 1), expected.numpy(), atol=1e-4)
+    assert np.abs(np.asarray(found - ours(base)[1])).max() > 0.1

@@ -10,7 +10,7 @@ import pytest
 
 from dmsec_jax.checkpoints import configs, mapping
 from dmsec_jax.core import trees
-from dmsec_jax.models import clip, presets, unet, vae
+from dmsec_jax.models import clip, conditioning, presets, unet, vae
 
 pytestmark = pytest.mark.torch
 
@@ -26,6 +26,7 @@ SD2 = dataclasses.replace(
     attention_head_dim=(2, 4),
     use_linear_projection=True,
 )
+XL = presets.TINY_XL.unet
 TEXT = presets.TINY.text
 
 
@@ -38,11 +39,12 @@ def foreign(class_name, cfg, fmt, device="cpu", gain=1.0):
     A small `gain` makes activations so small that the epsilon of every normalisation shows.
     """
     torch = pytest.importorskip("torch")
-    library = pytest.importorskip("transformers" if class_name == "CLIPTextModel" else "diffusers")
+    is_text = class_name.startswith("CLIP")
+    library = pytest.importorskip("transformers" if is_text else "diffusers")
     kind, values = getattr(library, class_name), configs.write_config(cfg, fmt)
     torch.manual_seed(0)
     with torch.device(device):
-        if class_name == "CLIPTextModel":
+        if is_text:
             network = kind(library.CLIPTextConfig(**values))
         else:
             network = kind(**{key: value for key, value in values.items() if not key.startswith("_")})
@@ -169,6 +171,32 @@ def test_unet(cfg, gain):
     assert relative(grad_context, their_context.grad.numpy()) < GRADIENT
 
 
+def test_unet_of_xl():
+    """The packed context here is what diffusers takes in three parts."""
+    torch = pytest.importorskip("torch")
+    network = foreign("UNet2DConditionModel", XL, configs.UNET)
+    params, target = params_of(network, mapping.UNET, unet.init, XL)
+    z_t, t, cotangent = draw(2, 8, 4, 4), np.array([7, 981]), draw(2, 8, 4, 4, seed=2)
+    tokens, pooled = draw(2, 5, 20, seed=1), draw(2, 16, seed=3)
+    sizes = np.array([[1024, 768, 0, 32, 1024, 1024], [512, 512, 8, 0, 64, 128]], np.float32)
+
+    layers = record_layers(network)
+    theirs = [torch.tensor(array, requires_grad=True) for array in (tokens, pooled)]
+    their_z, told = to_nchw(z_t), {"text_embeds": theirs[1], "time_ids": torch.tensor(sizes)}
+    out = network(their_z, torch.tensor(t), encoder_hidden_states=theirs[0], added_cond_kwargs=told).sample
+    out.backward(to_nchw(cotangent).detach())
+
+    context = conditioning.pack(*map(jnp.asarray, (tokens, pooled, sizes)))
+    forward = lambda params, inputs: run_with_layers(unet.UNet(XL))(params, inputs, cotangent)
+    ours, our_layers, (grads, (grad_z, _, grad_context)) = forward(params, (z_t, t.astype(np.float32), context))
+    assert check_layers(our_layers, layers) > 100
+    assert np.max(np.abs(ours - nhwc(out))) < FORWARD
+    check_gradients(grads, gradients_of(network, mapping.UNET, target))
+    assert relative(grad_z, nhwc(their_z.grad)) < GRADIENT
+    for one, other in zip(conditioning.unpack(grad_context, 16)[:2], theirs, strict=True):
+        assert relative(one, other.grad.numpy()) < GRADIENT
+
+
 @pytest.mark.parametrize("gain", [1.0, SMALL])
 def test_vae(gain):
     cfg = presets.TINY.vae
@@ -224,21 +252,52 @@ def test_text_encoder(act, eos, gain):
     check_gradients(grads, gradients_of(network, mapping.TEXT_ENCODER, target))
 
 
+def test_text_encoder_with_projection():
+    torch = pytest.importorskip("torch")
+    cfg = presets.TINY_XL.text_2
+    network = foreign("CLIPTextModelWithProjection", cfg, configs.TEXT_ENCODER_2)
+    params, target = params_of(network, mapping.TEXT_ENCODER_2, clip.init_projected, cfg)
+    ids, weights = np.array([[598, 5, 7, 599, 0, 0], [598, 9, 2, 3, 4, 599]]), (draw(2, 16), draw(2, 6, 12, seed=1))
+    out = network(torch.tensor(ids), output_hidden_states=True)
+    theirs = (out.text_embeds, out.hidden_states[-2])
+    sum((part * torch.tensor(weight)).sum() for part, weight in zip(theirs, weights, strict=True)).backward()
+
+    def forward(params):
+        output = clip.apply_projected(cfg, params, ids)
+        return output.pooled, output.penultimate
+
+    ours, pullback = jax.vjp(forward, params)
+    for value, peer in zip(ours, theirs, strict=True):
+        assert np.max(np.abs(value - peer.detach().numpy())) < FORWARD
+    check_gradients(
+        pullback(tuple(map(jnp.asarray, weights)))[0], gradients_of(network, mapping.TEXT_ENCODER_2, target)
+    )
+
+
 # ------------------------------------------------------------------------------------ full size, shapes alone
 
 
-@pytest.mark.parametrize("name", ["SD14", "SD21", "NANO"])
+@pytest.mark.parametrize("name", ["SD14", "SD21", "SDXL", "NANO"])
 @pytest.mark.parametrize(
     ("class_name", "field", "init", "fmt", "rules"),
     [
         ("UNet2DConditionModel", "unet", unet.init, configs.UNET, mapping.UNET),
         ("AutoencoderKL", "vae", vae.init, configs.VAE, mapping.VAE),
         ("CLIPTextModel", "text", clip.init, configs.TEXT_ENCODER, mapping.TEXT_ENCODER),
+        (
+            "CLIPTextModelWithProjection",
+            "text_2",
+            clip.init_projected,
+            configs.TEXT_ENCODER_2,
+            mapping.TEXT_ENCODER_2,
+        ),
     ],
-    ids=["unet", "vae", "text"],
+    ids=["unet", "vae", "text", "text_2"],
 )
 def test_every_key_and_shape_of_the_presets(name, class_name, field, init, fmt, rules):
     cfg = getattr(getattr(presets, name), field)
+    if cfg is None:
+        pytest.skip("one text encoder")
     network = foreign(class_name, cfg, fmt, device="meta")
     state = {key: np.broadcast_to(np.float32(0), p.shape) for key, p in network.named_parameters()}
     target = jax.eval_shape(functools.partial(init, cfg=cfg), jax.random.key(0))
