@@ -1,6 +1,7 @@
 """Rows over devices: of the mesh in force (`jax.set_mesh`), or of a `pmap` axis. Without either these functions change nothing, so that a step
 holds no word about devices but where its rows are and which weights it needs whole."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,19 @@ def rows(tree: Any) -> Any:
 def whole(tree: Any) -> Any:
     """Leaves that every device of the mesh holds: weights that were cut are gathered here, and their gradients summed."""
     return tree if _mesh() is None else jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def apart(run: Callable, *args: Any) -> Any:
+    """`run` of leaves [N, ...], on each device of the mesh for its own rows: for kernels that the compiler cannot divide.
+
+    Where the number of devices does not divide N, every device runs it for all rows.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return run(*args)
+    divided = all(leaf.shape[0] % mesh.size == 0 for leaf in jax.tree.leaves(args))
+    where = PartitionSpec(mesh.axis_names) if divided else PartitionSpec()
+    return jax.shard_map(run, in_specs=where, out_specs=where, check_vma=False)(*args)
 
 
 def own_rows(tree: Any, axis_name: str | None) -> Any:
