@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmsec_jax.core import trees
@@ -65,13 +65,13 @@ def initialize(
 
 
 def make_mesh(axes: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data` and `fsdp` over `devices` (all of all hosts by default).
+    """A mesh with the axes `data` and `fsdp` over `devices` (all of all hosts by default); of several slices of TPUs, `data` goes across.
 
     Args:
         axes: for example "data=8,fsdp=4"; an axis left out has size 1, except that "" puts all devices on `data`.
 
     Raises:
-        ValueError: on another axis, a size below 1, or a product that is not the number of devices.
+        ValueError: on another axis, a size below 1, a product that is not the number of devices, or `data` that slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict.fromkeys(AXES, 1) if axes else {"data": len(devices), "fsdp": 1}
@@ -83,6 +83,12 @@ def make_mesh(axes: str = "", devices: Sequence[jax.Device] | None = None) -> Me
     shape = tuple(sizes.values())
     cure = f"devices here are {len(devices)}: choose sizes with that product"
     require(math.prod(shape) == len(devices), "mesh", f"of {len(devices)} devices", axes, cure)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:  # the network between slices is slow: weights are gathered within one
+        fits = sizes["data"] % slices == 0
+        require(fits, "mesh", f"of a multiple of {slices} on data, the slices", axes, "cut weights within a slice")
+        within = (sizes["data"] // slices, sizes["fsdp"])
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices), AXES)
     # Explicit axes, now the default, would ask for output shardings all through the networks
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

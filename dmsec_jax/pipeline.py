@@ -217,7 +217,7 @@ def pair(pipeline: Pipeline, first: tuple[Params, Context], second: tuple[Params
     """
     networks, texts = zip(first, second, strict=True)
     if trees.count(networks[0]) > STACKED_LIMIT:
-        return _in_turn(pipeline.functions.predict_fn), {"unet": networks, "context": texts}
+        return in_turn(pipeline.functions.predict_fn), {"unet": networks, "context": texts}
     stack = lambda *leaves: jnp.stack(leaves)
     return _mapped(pipeline.functions.predict_fn), {"unet": jax.tree.map(stack, *networks), "context": jnp.stack(texts)}
 
@@ -228,7 +228,9 @@ def single(pipeline: Pipeline, network: Params, context: Context) -> tuple[Calla
 
 
 @functools.cache
-def _in_turn(predict_fn):
+def in_turn(predict_fn: EpsFn) -> Callable:
+    """The `pair_fn` of large networks: one after the other, for `params["unet"]` and `params["context"]` that are pairs."""
+
     def pair_fn(params, z_t, t):
         parts = zip(params["unet"], params["context"], _two(z_t), strict=True)
         return tuple(predict_fn(network, z, t, _rows(context, z)) for network, context, z in parts)
