@@ -22,17 +22,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dmsec_jax.core import trees
+from dmsec_jax.core import spread, trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import Params
 
 AXES = ("data", "fsdp")
-SMALL = 2**16
-"""Weights of fewer entries lie on every device: gathering them would cost more than it saves."""
 
 
 def initialize(
@@ -120,6 +119,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, replicated(mesh))
 
 
+def placed(tree: Any) -> Any:
+    """Arrays where programs want what every device needs: on all devices of the mesh in force, or on the default device."""
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(jnp.asarray, tree) if mesh.empty else replicate(tree, mesh)
+
+
 def own_rows(count: int, mesh: Mesh) -> slice:
     """Which of `count` rows the devices of this process hold: read only these from disk, then `from_own_rows`.
 
@@ -140,31 +145,15 @@ def from_own_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def to_host(tree: Any) -> Any:
-    """NumPy arrays of the whole, on every host: a collective, so all processes call it."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+to_host = spread.to_host
 
 
 def plan(tree: Any, mesh: Mesh) -> Any:
-    """Where each weight of a parameter tree, or of a training state, lies: a kernel or table of `SMALL` entries or more is cut along its last
-    axis (output channels of [in, out] and HWIO) over `fsdp`, or along the one before it if only that one divides; all else is replicated.
-
-    Output channels, not the largest axis: a weight cut along an axis that is summed over would turn its gradient's sum into an exchange of
-    activations.
-    """
-    size = mesh.shape["fsdp"]
-
-    def spec(leaf) -> NamedSharding:
-        cut = [axis for axis in (-1, -2) if leaf.ndim >= 2 and leaf.shape[axis] % size == 0]
-        if size == 1 or not cut or math.prod(leaf.shape) < SMALL:
-            return replicated(mesh)
-        names = [None] * leaf.ndim
-        names[cut[0]] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*names))
-
-    return jax.tree.map(spec, tree)
+    """Where each weight of a parameter tree, or of a training state, lies (`core.spread.specs`)."""
+    put = lambda spec: NamedSharding(mesh, spec)
+    return jax.tree.map(
+        put, spread.specs(tree, mesh.shape["fsdp"]), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
 
 
 def bytes_per_device(params: Params, shardings: Any) -> int:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmsec_jax import parallel
 from dmsec_jax.checkpoints import adapters, diffusers, single_file
-from dmsec_jax.core import trees
+from dmsec_jax.core import spread, trees
 from dmsec_jax.core.checks import image_batch, require
 from dmsec_jax.core.files import sha256
 from dmsec_jax.core.types import Context, EpsFn, Image, Latent, Params
@@ -117,7 +118,7 @@ def load(
     words = dataclasses.replace(words, max_length=min(words.max_length, text.max_position_embeddings))
     return Pipeline(
         configs=model.configs,
-        params=jax.tree.map(jnp.asarray, dict(model.params)),
+        params=parallel.placed(dict(model.params)),
         functions=functions(model.configs.unet, model.configs.vae, text),
         schedule=cfg,
         tokenizer=words,
@@ -146,7 +147,7 @@ def load_tuned(path: str | Path, base: Pipeline) -> Pipeline:
         params = single_file.params_of(state, base.configs, str(path))
     else:
         params = adapters.merge(base.params, adapters.read_adapter(path, base.params))
-    return dataclasses.replace(base, params=jax.tree.map(jnp.asarray, params), sha256=sha256(path))
+    return dataclasses.replace(base, params=parallel.placed(params), sha256=sha256(path))
 
 
 def require_same_architecture(base: Pipeline, tuned: Pipeline) -> None:
@@ -283,7 +284,7 @@ def sample(
         guidance_weight: of classifier-free guidance; None samples the conditional model alone (half the work).
     """
     params = pipeline.params if params is None else params
-    batch_size = min(batch_size, count)
+    batch_size = spread.filled(min(batch_size, count))
     empty, context = contexts(pipeline, ["", prompt], params)[:, None]
     model = single(pipeline, params["unet"], context)
     if guidance_weight is not None:
@@ -308,12 +309,13 @@ def _sample(key, index, params, weight, *, shape, schedule, num_steps, guided, m
     bound = functools.partial(model_fn, params)
     if guided:
         bound = guidance.mix_outputs(bound, (1 - weight, weight), 2)
+    index = spread.even(index)
     noise = draws.example_noise(key, index, shape)
-    return samplers.sample(key, noise, samplers.ddim(schedule, num_steps), model_fn=bound, index=index)
+    return spread.whole(samplers.sample(key, noise, samplers.ddim(schedule, num_steps), model_fn=bound, index=index))
 
 
-_encode = jax.jit(lambda params, image, fn: fn(params, image), static_argnames="fn")
-_decode = jax.jit(lambda params, latent, fn: fn(params, latent), static_argnames="fn")
+_encode = jax.jit(lambda params, image, fn: spread.whole(fn(params, spread.even(image))), static_argnames="fn")
+_decode = jax.jit(lambda params, latent, fn: spread.whole(fn(params, spread.even(latent))), static_argnames="fn")
 _embed_text = jax.jit(lambda params, ids, fn: fn(params, ids), static_argnames="fn")
 
 
@@ -345,12 +347,13 @@ def decode(pipeline: Pipeline, latents: Latent, batch_size: int = 16) -> np.ndar
 
 
 def batched(run: Callable, rows, size: int):
-    """`run` over batches of exactly min(size, N) rows of a tree of arrays [N, ...]; the last one is filled up by repeating its final row.
+    """`run` over batches of exactly min(size, N) rows of a tree of arrays [N, ...], rounded up to what the devices of a mesh can share; where
+    rows are short, the last one is repeated.
 
     Yields what `run` returns, a tuple of arrays, without the filling: one compilation serves any N.
     """
     count = jax.tree.leaves(rows)[0].shape[0]
-    size = min(size, count)
+    size = spread.filled(min(size, count))
     for start in range(0, count, size):
         kept = min(size, count - start)
         index = np.minimum(np.arange(start, start + size), count - 1)

@@ -23,6 +23,7 @@ FLOOR = {
     "parallel": 4,
     "report": 5,
     "commands": 7,
+    "launch": 5,
     "pipeline": 5,
     "pretrain": 6,
     "audit": 6,

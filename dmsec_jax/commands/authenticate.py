@@ -19,7 +19,7 @@ from dmsec_jax.authentication import METHODS, RECOVERING, Settings, Unfinished
 from dmsec_jax.commands.extract import same_model
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.files import atomic_file
+from dmsec_jax.core.files import atomic_file, remove
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.pipeline import Subject
@@ -222,7 +222,7 @@ class _Store:
             np.savez(file, digest=self.digest, **state._asdict())
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        remove(self.path)
 
 
 def _recover(key, subject, everything, settings, name, store: _Store, console) -> authentication.Recovery:

@@ -46,6 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dmsec_jax.core import spread
 from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.config import config
@@ -265,7 +266,7 @@ def sweep(
     require(count >= 1, "count", "at least 1", count, "ask for some images")
     require(batch_size >= 1, "batch_size", "at least 1", batch_size, "use as many as fit the memory")
     total = w.size * count
-    batch_size = min(batch_size, total)
+    batch_size = spread.filled(min(batch_size, total))
     options = {"pair_fn": pair_fn, "schedule": schedule, "sampler_fn": sampler_fn, "guide_fn": guide_fn, "x0_fn": x0_fn}
     chunks = []
     for start in range(0, total, batch_size):
@@ -320,5 +321,6 @@ def _sampler(schedule: ScheduleConfig, cfg: Config, sampler_fn: SamplerFn) -> sa
 def _sample_chunk(key, index, params, cfg, *, shape, **options):
     """(clean latents [B, *shape], finite [B], rms [B]) of the images with these global indices."""
     key_start, key_steps = jax.random.split(key)
+    index, cfg = spread.even((index, cfg))
     state, info = run(key_steps, start_noise(key_start, index, shape), index, params, cfg, **options)
-    return state.sampler.z, info.finite[-1], info.rms[-1]
+    return spread.whole((state.sampler.z, info.finite[-1], info.rms[-1]))
