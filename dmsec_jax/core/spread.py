@@ -122,6 +122,12 @@ def on_any_host(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
+def meet() -> None:
+    """Waits until every process of the run has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("meet")
+
+
 def _mesh() -> jax.sharding.AbstractMesh | None:
     """That in force, if the compiler is the one to place arrays on it; inside `pmap` and `shard_map` it is not."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -110,6 +110,10 @@ class Extraction(NamedTuple):
     """Root mean square of the final latent."""
 
 
+KeptFn = Callable[[int, Callable[[], Extraction]], Extraction]
+"""(number of the batch's first image, what computes it) -> the batch."""
+
+
 def guided(eps_base: Latent, eps_tuned: Latent, cfg: Config) -> Latent:
     """eps_hat = (1 - w + k) eps_base + w eps_tuned   (guidance with its text correction k)."""
     return guided_by_caption(eps_base, eps_tuned, cfg) + expand(jnp.asarray(cfg.k), eps_base) * eps_base
@@ -247,6 +251,7 @@ def sweep(
     x0_fn: samplers.X0Fn = samplers.identity,
     finish_fn: Callable[[Latent], Array] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kept_fn: KeptFn | None = None,
 ) -> Extraction:
     """`count` images for each of G guidance settings, all from the same start noise, in batches that may span settings.
 
@@ -255,6 +260,7 @@ def sweep(
         shape: of one latent (h, w, c).
         finish_fn: latents [B, h, w, c] -> array [B, ...], for example decoding, called on each batch outside `jit`.
         progress: called as progress(done, total) after each batch.
+        kept_fn: for runs that may be interrupted, asked for every batch: it computes it, or brings what it computed in an earlier run.
 
     Raises:
         ValueError: on counts below 1 or w and k of other shapes.
@@ -272,12 +278,16 @@ def sweep(
     for start in range(0, total, batch_size):
         position = np.minimum(np.arange(start, start + batch_size), total - 1)  # the last batch is filled up
         point, index = position // count, position % count
-        cfg = dataclasses.replace(grid, w=jnp.asarray(w[point]), k=jnp.asarray(k[point]))
-        latent, finite, rms = _sample_chunk(key, jnp.asarray(index, jnp.int32), params, cfg, shape=shape, **options)
-        images = np.asarray(latent if finish_fn is None else finish_fn(latent))
-        finite = np.asarray(finite) & np.isfinite(images).all(axis=tuple(range(1, images.ndim)))
         used = min(batch_size, total - start)
-        chunks.append((images[:used], finite[:used], np.asarray(rms)[:used]))
+
+        def chunk(point=point, index=index, used=used) -> Extraction:
+            cfg = dataclasses.replace(grid, w=jnp.asarray(w[point]), k=jnp.asarray(k[point]))
+            latent, finite, rms = _sample_chunk(key, jnp.asarray(index, jnp.int32), params, cfg, shape=shape, **options)
+            images = np.asarray(latent if finish_fn is None else finish_fn(latent))
+            finite = np.asarray(finite) & np.isfinite(images).all(axis=tuple(range(1, images.ndim)))
+            return Extraction(images[:used], finite[:used], np.asarray(rms)[:used])
+
+        chunks.append(chunk() if kept_fn is None else kept_fn(start, chunk))
         if progress is not None:
             progress(start + used, total)
     joined = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
