@@ -1,14 +1,20 @@
-"""Options of the long verbs that say where the work is done: on which mesh, and by how many processes together."""
+"""Options of the long verbs that say where the work is done: on which mesh, and by how many processes together.
+
+`python -m dmsec_jax.launch` with the same options lets all devices add up, to see that they work.
+"""
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
 
 from dmsec_jax import parallel
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 
 
@@ -57,3 +63,20 @@ def on(devices: Devices) -> Iterator[None]:
         yield
     if together:
         jax.distributed.shutdown()
+
+
+def count(devices: Devices) -> int:
+    """Lets every device contribute a one, and prints the sum: status 0 if it is the number of devices."""
+    mesh_of = devices if devices.mesh is not None else dataclasses.replace(devices, mesh="data")
+    with on(mesh_of):
+        mesh = jax.sharding.get_mesh()
+        own = parallel.own_rows(mesh.size, mesh)
+        ones = parallel.from_own_rows(np.ones(own.stop - own.start, np.float32), mesh)
+        total = int(jax.jit(lambda ones: spread.whole(ones.sum()))(ones))
+        here = f"{jax.local_device_count()} of {mesh.size} devices ({jax.devices()[0].device_kind})"
+        print(f"process {jax.process_index()} of {jax.process_count()}: {here} on {dict(mesh.shape)}; together {total}")
+    return int(total != mesh.size)
+
+
+if __name__ == "__main__":
+    sys.exit(count(tyro.cli(Devices, description=__doc__)))

@@ -149,3 +149,8 @@ def test_without_options_there_is_no_mesh():
     with launch.on(launch.Devices(mesh="data=4,fsdp=2")):
         assert dict(jax.sharding.get_mesh().shape) == {"data": 4, "fsdp": 2}
     assert jax.sharding.get_mesh().empty
+
+
+def test_all_devices_are_counted(capsys):
+    assert launch.count(launch.Devices()) == 0
+    assert "process 0 of 1: 8 of 8 devices" in capsys.readouterr().out
