@@ -6,11 +6,14 @@ same program on every device. Results do not depend on the number of devices, be
     mesh = parallel.make_mesh("data=4,fsdp=2")
     known, index = parallel.shard_rows((known, index), mesh)
     params = parallel.replicate(params, mesh)
-    state, info = jax.jit(cgi_dm.run, static_argnames=...)(key, known, ...)
+    with jax.set_mesh(mesh):                                 # training draws its rows inside the step, kernels run apart: `core.spread`
+        state, info = jax.jit(cgi_dm.run, static_argnames=...)(key, known, ...)
 
     state = jax.device_put(state, parallel.plan(state, mesh))
-    with jax.set_mesh(mesh):                                 # training draws its rows inside the step: `core.spread`
+    with jax.set_mesh(mesh):
         state, info = jax.jit(dreambooth.run, static_argnames=...)(key, state, data, ...)
+
+The commands say which mesh once (`launch`); their functions spread rows and gather results themselves.
 
 Axes: `data` spreads rows; `fsdp` spreads rows and, of large weights, the output channels too (`plan`), which are gathered where they are used,
 as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020.

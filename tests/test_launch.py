@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dmsec_jax import cli, launch, parallel
-from dmsec_jax.core import files
+from dmsec_jax.core import files, spread
 from dmsec_jax.data.images import save_png
 
 SAMPLING = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "3"]
@@ -95,6 +95,7 @@ def test_eight_devices_give_what_one_gives(verbs, alone, tmp_path):
     for verb, line in verbs(tmp_path).items():
         axes = "data=2,fsdp=2" if verb == "finetune" else "data"  # four rows a step
         with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(spread, "SMALL", 1)  # so that weights of this size are cut
             if verb == "finetune":
                 patched.setattr(parallel.jax, "devices", lambda: jax.local_devices()[:4])
             assert cli.main([*line, "--mesh", axes]) == 0
@@ -112,11 +113,21 @@ def test_two_processes_give_what_one_gives(verbs, alone, tmp_path):
         environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
         children = [
-            subprocess.Popen([sys.executable, "-m", "dmsec_jax", *line, *together, str(i)], **pipes) for i in range(2)
+            subprocess.Popen([sys.executable, "-c", CHILD, *line, *together, str(i)], **pipes) for i in range(2)
         ]
         outputs = [child.communicate(timeout=900)[0] for child in children]
         assert [child.returncode for child in children] == [0, 0], f"{verb}\n" + "\n".join(outputs)
     assert_same(tmp_path, alone)
+
+
+CHILD = """
+import sys
+from dmsec_jax import cli
+from dmsec_jax.core import spread
+
+spread.SMALL = 1
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 def test_only_process_0_leaves_files(tmp_path, monkeypatch):

@@ -89,6 +89,14 @@ def specs(tree: Any, size: int) -> Any:
     return jax.tree.map(spec, tree)
 
 
+_whole = jax.jit(lambda tree: whole(tree))
+
+
+def gathered(tree: Any) -> Any:
+    """`whole` outside of compiled programs."""
+    return tree if _mesh() is None else _whole(tree)
+
+
 def to_host(tree: Any) -> Any:
     """NumPy arrays of the whole, on every host: a collective, so all processes call it. Leaf by leaf: a device holds one of them whole."""
     if jax.process_count() == 1:
