@@ -70,5 +70,5 @@ $(VENV)/test.stamp: $(VENV)/base.stamp
 # torch on its own first: met through another package, a resolver may take a build with gigabytes of CUDA libraries
 $(VENV)/torch.stamp: $(VENV)/test.stamp
 	$(PIP) torch==$(call pin,torch)
-	$(PIP) --editable '.[test,torch,causal-peers]'
+	$(PIP) --editable '.[test,torch,aot,causal-peers]'
 	@touch $@

@@ -92,12 +92,14 @@ def sweep(
     sampler: str = "ddim",
     batch_size: int = 50,
     progress: Callable[[int, int], None] | None = None,
+    kept_fn: finextract.KeptFn | None = None,
 ) -> tuple[Generated, ...]:
     """As `generate`, once for each guidance (w, k) of `pairs`, all from the same noise and in common batches.
 
     Args:
         sampler: of `SAMPLERS`.
         batch_size: pictures sampled at once, whatever pair they belong to.
+        kept_fn: as `finextract.sweep`.
 
     Raises:
         ValueError: on an unknown method or sampler, where no picture of any pair is finite, and on several pairs for `lora-scale`.
@@ -121,6 +123,7 @@ def sweep(
         guide_fn=guide_fn,
         finish_fn=lambda latents: pipeline.decode(subject.base, latents, batch_size),
         progress=progress,
+        kept_fn=kept_fn,
     )
     return tuple(
         Generated(images[finite], count, int((~finite).sum()))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmsec_jax import pipeline
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import image_batch, require
 from dmsec_jax.core.types import Latent, Params
 from dmsec_jax.diffusion import draws
@@ -226,7 +227,7 @@ def recover(
         key=key_start if faithful else None,
     )
     run = functools.partial(_advance, num_steps=min(CHUNK, cfg.num_steps), pair_fn=pair_fn, schedule=base.schedule)
-    count, size = len(images), min(settings.batch_size, len(images))
+    count, size = len(images), spread.filled(min(settings.batch_size, len(images)))
     found = resume or Unfinished(np.zeros(z0.shape, np.float32), np.zeros(count, int), np.zeros(count, int))
     for first in range(0, count, size):
         index = np.minimum(np.arange(first, first + size), count - 1)  # the last batch is filled up: one compilation
@@ -262,7 +263,10 @@ def require_steps(count: int) -> None:
     require(fits, "num_steps", f"from 1 to {CHUNK}, or a multiple of {CHUNK}", count, "round it")
 
 
-_advance = jax.jit(cgi_dm.advance, static_argnames=("num_steps", "pair_fn", "schedule"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("num_steps", "pair_fn", "schedule"), donate_argnames="state")
+def _advance(key, state, known, start, mask, params, cfg, **options):
+    state, known, start, mask = spread.even((state, known, start, mask))
+    return spread.whole(cgi_dm.advance(key, state, known, start, mask, params, cfg, **options))
 
 
 def _config(settings: Settings, z0: Latent, faithful: bool) -> cgi_dm.Config:
@@ -330,12 +334,14 @@ def _bound(predict_fn, network):
 @functools.partial(jax.jit, static_argnames=("settings", "schedule", "predict_fn"))
 def _losses(key, part, network, *, settings: Settings, schedule: ScheduleConfig, predict_fn):
     options = {"num_draws": settings.num_draws, "window": settings.window, "draw": draws.stratified_draw}
+    part = spread.even(part)
     options |= {"index": part["index"], "chunk": settings.chunk}
-    return membership.losses(key, _bound(predict_fn, network), part["z0"], schedule, **options)
+    return spread.whole(membership.losses(key, _bound(predict_fn, network), part["z0"], schedule, **options))
 
 
 @functools.partial(jax.jit, static_argnames=("name", "settings", "schedule", "predict_fn"))
 def _statistic(key, part, network, *, name: str, settings: Settings, schedule: ScheduleConfig, predict_fn):
+    part = spread.even(part)
     z0, index, model_fn = part["z0"], part["index"], _bound(predict_fn, network)
     if name == "secmi":
         found = membership.secmi(model_fn, z0, schedule, t=settings.secmi_timestep, interval=settings.secmi_interval)
@@ -351,7 +357,7 @@ def _statistic(key, part, network, *, name: str, settings: Settings, schedule: S
         options = {"timesteps": settings.gradient_timesteps, "index": index}
         norms = membership.gradient_norms(key, predict, network["unet"], z0, schedule, **options)
         found = jnp.linalg.norm(norms, axis=1)
-    return membership.SIGN[name] * found
+    return spread.whole(membership.SIGN[name] * found)
 
 
 def _cropped(images: np.ndarray, share: float) -> np.ndarray:

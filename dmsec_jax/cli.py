@@ -1,6 +1,7 @@
 """`dmsec VERB ...`: a table from verbs to their configs and functions, and nothing else."""
 
 import atexit
+import contextlib
 import importlib
 import os
 import sys
@@ -16,6 +17,8 @@ VERBS = {
     "pretrain": "train the embedded model, or the skeleton posterior, from nothing",
 }
 """Verb -> one line of help; `dmsec_jax.commands.<verb>` holds `Config` and `run`."""
+SHARED = ("authenticate", "discover", "extract", "finetune", "protect")
+"""Verbs that many devices and processes can share; they take the options of `launch.Devices` too."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     import tyro
 
     command = importlib.import_module(f"dmsec_jax.commands.{argv[0]}")
-    cfg = tyro.cli(command.Config, prog=f"dmsec {argv[0]}", args=argv[1:], description=command.__doc__)
+    options = {"prog": f"dmsec {argv[0]}", "args": argv[1:], "description": command.__doc__}
+    where = contextlib.nullcontext()
+    if argv[0] in SHARED:
+        from dmsec_jax import launch
+
+        cfg, devices = launch.parse(command.Config, **options)
+        where = launch.on(devices)
+    else:
+        cfg = tyro.cli(command.Config, **options)
     try:
-        return command.run(cfg)
+        with where:
+            return command.run(cfg)
     except (ValueError, OSError, OverflowError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:

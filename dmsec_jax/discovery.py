@@ -20,6 +20,7 @@ from dmsec_jax.causal import background, features, pag, penalties, skeleton
 from dmsec_jax.causal.background import Background
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import AnyArray, Key, Params
 from dmsec_jax.data import tables
@@ -154,7 +155,7 @@ def linked(
 
 @jax.jit
 def _begun(keys: Key, covariance, guide: spot.Guide, cfg: spot.Config) -> spot.State:
-    return jax.vmap(lambda key: spot.init(key, covariance, guide, cfg))(keys)
+    return spread.whole(jax.vmap(lambda key: spot.init(key, covariance, guide, cfg))(spread.even(keys)))
 
 
 @functools.partial(jax.jit, static_argnames="class_fn")
@@ -163,7 +164,7 @@ def _advanced(keys, state, covariance, num_rows, guide, cfg, class_fn):
         own = jax.random.fold_in(key, state.i)
         return spot.step(own, state, covariance, num_rows, guide, cfg, class_fn=class_fn)
 
-    return jax.vmap(one)(keys, state)
+    return spread.whole(jax.vmap(one)(*spread.even((keys, state))))
 
 
 @functools.partial(jax.jit, static_argnames="offending_fn")

@@ -60,7 +60,7 @@ def load(
         variant, tokenizer, prediction_type, allow_partial: see `Reading`.
         pictures: side -> [N, side, side, 3] in [-1, 1], asked for where nothing says what the model predicts: `diffusion.prediction` decides by them.
         dtype: of the parameters, and what the UNet and the text encoders compute in; the autoencoder stays in float32.
-        mesh: where parameters lie, by `parallel.plan`; None: on the default device.
+        mesh: where parameters lie, by `parallel.plan`; None: as `parallel.placed`.
 
     Raises:
         FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model` and `checkpoints.single_file.read_model`; on a tokenizer that does
@@ -105,7 +105,8 @@ def _placer(part: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Callable[[
 
     def place(path: str, view: np.ndarray) -> jax.Array:
         leaf = np.array(view, kind, order="C")  # a copy: the file may change
-        return jax.block_until_ready(jax.device_put(leaf, None if mesh is None else parallel.plan(leaf, mesh)))
+        placed = parallel.placed(leaf) if mesh is None else jax.device_put(leaf, parallel.plan(leaf, mesh))
+        return jax.block_until_ready(placed)
 
     return place
 
@@ -210,7 +211,7 @@ def load_tuned(
             params = single_file.params_of(state, base.configs, str(file), placer=placer, partial=partial)
         else:
             found = adapters.read_adapter(file, base.params, partial)
-            params = jax.tree.map(jnp.asarray, adapters.merge(base.params, found, strength))
+            params = parallel.placed(adapters.merge(base.params, found, strength))
         tuned = dataclasses.replace(base, params=params, sha256=sha256(file))
     left_out = () if partial is None else tuple(f"{kind}: {what}" for kind, what in partial.problems)
     return dataclasses.replace(tuned, left_out=left_out)

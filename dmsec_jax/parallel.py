@@ -6,11 +6,14 @@ same program on every device. Results do not depend on the number of devices, be
     mesh = parallel.make_mesh("data=4,fsdp=2")
     known, index = parallel.shard_rows((known, index), mesh)
     params = parallel.replicate(params, mesh)
-    state, info = jax.jit(cgi_dm.run, static_argnames=...)(key, known, ...)
+    with jax.set_mesh(mesh):                                 # training draws its rows inside the step, kernels run apart: `core.spread`
+        state, info = jax.jit(cgi_dm.run, static_argnames=...)(key, known, ...)
 
     state = jax.device_put(state, parallel.plan(state, mesh))
-    with jax.set_mesh(mesh):                                 # training draws its rows inside the step: `core.spread`
+    with jax.set_mesh(mesh):
         state, info = jax.jit(dreambooth.run, static_argnames=...)(key, state, data, ...)
+
+The commands say which mesh once (`launch`); their functions spread rows and gather results themselves.
 
 Axes: `data` spreads rows; `fsdp` spreads rows and, of large weights, the output channels too (`plan`), which are gathered where they are used,
 as in Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020.
@@ -22,17 +25,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dmsec_jax.core import trees
+from dmsec_jax.core import spread, trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import Params
 
 AXES = ("data", "fsdp")
-SMALL = 2**16
-"""Weights of fewer entries lie on every device: gathering them would cost more than it saves."""
 
 
 def initialize(
@@ -65,13 +67,13 @@ def initialize(
 
 
 def make_mesh(axes: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data` and `fsdp` over `devices` (all of all hosts by default).
+    """A mesh with the axes `data` and `fsdp` over `devices` (all of all hosts by default); of several slices of TPUs, `data` goes across.
 
     Args:
         axes: for example "data=8,fsdp=4"; an axis left out has size 1, except that "" puts all devices on `data`.
 
     Raises:
-        ValueError: on another axis, a size below 1, or a product that is not the number of devices.
+        ValueError: on another axis, a size below 1, a product that is not the number of devices, or `data` that slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict.fromkeys(AXES, 1) if axes else {"data": len(devices), "fsdp": 1}
@@ -83,6 +85,12 @@ def make_mesh(axes: str = "", devices: Sequence[jax.Device] | None = None) -> Me
     shape = tuple(sizes.values())
     cure = f"devices here are {len(devices)}: choose sizes with that product"
     require(math.prod(shape) == len(devices), "mesh", f"of {len(devices)} devices", axes, cure)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:  # the network between slices is slow: weights are gathered within one
+        fits = sizes["data"] % slices == 0
+        require(fits, "mesh", f"of a multiple of {slices} on data, the slices", axes, "cut weights within a slice")
+        within = (sizes["data"] // slices, sizes["fsdp"])
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices), AXES)
     # Explicit axes, now the default, would ask for output shardings all through the networks
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -114,6 +122,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, replicated(mesh))
 
 
+def placed(tree: Any) -> Any:
+    """Arrays where programs want what every device needs: on all devices of the mesh in force, or on the default device."""
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(jnp.asarray, tree) if mesh.empty else replicate(tree, mesh)
+
+
 def own_rows(count: int, mesh: Mesh) -> slice:
     """Which of `count` rows the devices of this process hold: read only these from disk, then `from_own_rows`.
 
@@ -134,31 +148,15 @@ def from_own_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def to_host(tree: Any) -> Any:
-    """NumPy arrays of the whole, on every host: a collective, so all processes call it."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+to_host = spread.to_host
 
 
 def plan(tree: Any, mesh: Mesh) -> Any:
-    """Where each weight of a parameter tree, or of a training state, lies: a kernel or table of `SMALL` entries or more is cut along its last
-    axis (output channels of [in, out] and HWIO) over `fsdp`, or along the one before it if only that one divides; all else is replicated.
-
-    Output channels, not the largest axis: a weight cut along an axis that is summed over would turn its gradient's sum into an exchange of
-    activations.
-    """
-    size = mesh.shape["fsdp"]
-
-    def spec(leaf) -> NamedSharding:
-        cut = [axis for axis in (-1, -2) if leaf.ndim >= 2 and leaf.shape[axis] % size == 0]
-        if size == 1 or not cut or math.prod(leaf.shape) < SMALL:
-            return replicated(mesh)
-        names = [None] * leaf.ndim
-        names[cut[0]] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*names))
-
-    return jax.tree.map(spec, tree)
+    """Where each weight of a parameter tree, or of a training state, lies (`core.spread.specs`)."""
+    put = lambda spec: NamedSharding(mesh, spec)
+    return jax.tree.map(
+        put, spread.specs(tree, mesh.shape["fsdp"]), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
 
 
 def bytes_per_device(params: Params, shardings: Any) -> int:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmsec_jax.core import trees
+from dmsec_jax.core import spread, trees
 from dmsec_jax.core.checks import image_batch
-from dmsec_jax.core.types import Context, Image, Latent, Params
+from dmsec_jax.core.types import Context, EpsFn, Image, Latent, Params
 from dmsec_jax.diffusion import draws, guidance, samplers
 from dmsec_jax.functions import Functions as Functions
 from dmsec_jax.functions import Pipeline as Pipeline
@@ -58,7 +58,7 @@ def pair(pipeline: Pipeline, first: tuple[Params, Context], second: tuple[Params
     """
     networks, texts = zip(first, second, strict=True)
     if trees.count(networks[0]) > STACKED_LIMIT:
-        return _in_turn(pipeline.functions.predict_fn), {"unet": networks, "context": texts}
+        return in_turn(pipeline.functions.predict_fn), {"unet": networks, "context": texts}
     stack = lambda *leaves: jnp.stack(leaves)
     return _mapped(pipeline.functions.predict_fn), {"unet": jax.tree.map(stack, *networks), "context": jnp.stack(texts)}
 
@@ -69,7 +69,9 @@ def single(pipeline: Pipeline, network: Params, context: Context) -> tuple[Calla
 
 
 @functools.cache
-def _in_turn(predict_fn):
+def in_turn(predict_fn: EpsFn) -> Callable:
+    """The `pair_fn` of large networks: one after the other, for `params["unet"]` and `params["context"]` that are pairs."""
+
     def pair_fn(params, z_t, t):
         parts = zip(params["unet"], params["context"], _two(z_t), strict=True)
         return tuple(predict_fn(network, z, t, _rows(context, z)) for network, context, z in parts)
@@ -122,7 +124,7 @@ def sample(
         guidance_weight: of classifier-free guidance; None samples the conditional model alone (half the work).
     """
     params = pipeline.params if params is None else params
-    batch_size = min(batch_size, count)
+    batch_size = spread.filled(min(batch_size, count))
     empty, context = contexts(pipeline, ["", prompt], params)[:, None]
     model = single(pipeline, params["unet"], context)
     if guidance_weight is not None:
@@ -147,12 +149,13 @@ def _sample(key, index, params, weight, *, shape, schedule, num_steps, guided, m
     bound = functools.partial(model_fn, params)
     if guided:
         bound = guidance.mix_outputs(bound, (1 - weight, weight), 2)
+    index = spread.even(index)
     noise = draws.example_noise(key, index, shape)
-    return samplers.sample(key, noise, samplers.ddim(schedule, num_steps), model_fn=bound, index=index)
+    return spread.whole(samplers.sample(key, noise, samplers.ddim(schedule, num_steps), model_fn=bound, index=index))
 
 
-_encode = jax.jit(lambda params, image, fn: fn(params, image), static_argnames="fn")
-_decode = jax.jit(lambda params, latent, fn: fn(params, latent), static_argnames="fn")
+_encode = jax.jit(lambda params, image, fn: spread.whole(fn(params, spread.even(image))), static_argnames="fn")
+_decode = jax.jit(lambda params, latent, fn: spread.whole(fn(params, spread.even(latent))), static_argnames="fn")
 
 
 def encode(pipeline: Pipeline, images: Image, batch_size: int = 16) -> tuple[Latent, Latent]:
@@ -173,12 +176,13 @@ def decode(pipeline: Pipeline, latents: Latent, batch_size: int = 16) -> np.ndar
 
 
 def batched(run: Callable, rows, size: int):
-    """`run` over batches of exactly min(size, N) rows of a tree of arrays [N, ...]; the last one is filled up by repeating its final row.
+    """`run` over batches of exactly min(size, N) rows of a tree of arrays [N, ...], rounded up to what the devices of a mesh can share; where
+    rows are short, the last one is repeated.
 
     Yields what `run` returns, a tuple of arrays, without the filling: one compilation serves any N.
     """
     count = jax.tree.leaves(rows)[0].shape[0]
-    size = min(size, count)
+    size = spread.filled(min(size, count))
     for start in range(0, count, size):
         kept = min(size, count - start)
         index = np.minimum(np.arange(start, start + size), count - 1)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from dmsec_jax import pipeline
-from dmsec_jax.core import pgd
+from dmsec_jax.core import pgd, spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.pgd import Budget
 from dmsec_jax.core.types import Latent, Params
@@ -291,10 +291,21 @@ def _encoder(encode_fn):
     return lambda params, image: encode_fn(params["vae"], jnp.broadcast_to(image, (*image.shape[:3], 3)))
 
 
-_init = jax.jit(advdm.init)
-_control = jax.jit(advdm.control)
-_advance = jax.jit(
-    advdm.advance,
+@jax.jit
+def _init(key, image, mask, index, cfg):
+    return spread.whole(advdm.init(key, *spread.even((image, mask, index, cfg))))
+
+
+@jax.jit
+def _control(key, image, mask, index, cfg):
+    return spread.whole(advdm.control(key, *spread.even((image, mask, index, cfg))))
+
+
+@functools.partial(
+    jax.jit,
     static_argnames=("num_steps", "objective_fn", "encode_fn", "eps_fn", "schedule", "draw_fn"),
     donate_argnames="state",
 )
+def _advance(key, state, image, mask, target, params, cfg, **options):
+    state, image, mask, cfg = spread.even((state, image, mask, cfg))
+    return spread.whole(advdm.advance(key, state, image, mask, target, params, cfg, **options))

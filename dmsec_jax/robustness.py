@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageOps
 
 from dmsec_jax import pipeline
+from dmsec_jax.core import spread
 from dmsec_jax.data.images import from_uint8
 from dmsec_jax.diffusion import draws
 from dmsec_jax.diffusion.schedule import ScheduleConfig
@@ -134,7 +135,9 @@ def _central(pixels: np.ndarray) -> np.ndarray:
 
 
 _ssim = jax.jit(image.ssim)
-_predict = jax.jit(lambda params, z, t, eps_fn: eps_fn(params, z, t), static_argnames="eps_fn")
+_predict = jax.jit(
+    lambda params, z, t, eps_fn: spread.whole(eps_fn(params, *spread.even((z, t)))), static_argnames="eps_fn"
+)
 
 
 def _lpips(a, b):
@@ -153,5 +156,6 @@ def _distance(params, a, b):
 
 @functools.partial(jax.jit, static_argnames=("eps_fn", "schedule", "num_draws"))
 def _loss(key, latents, index, params, *, eps_fn, schedule: ScheduleConfig, num_draws: int):
+    latents, index = spread.even((latents, index))
     options = {"num_draws": num_draws, "draw": draws.stratified_draw, "index": index}
-    return membership.loss(key, lambda z_t, t: eps_fn(params, z_t, t), latents, schedule, **options)
+    return spread.whole(membership.loss(key, lambda z_t, t: eps_fn(params, z_t, t), latents, schedule, **options))

@@ -16,6 +16,7 @@ import numpy as np
 from dmsec_jax import pipeline
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config as configs
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import Key, Params
@@ -212,12 +213,12 @@ def tune(
 
 def mean(chosen: Recipe, state: Any) -> Params:
     """The trainable tree to sample with and to export: averaged where an average is kept, without the posterior's noise."""
-    return dreambooth.averaged(method_of(chosen).tuned(state))
+    return spread.gathered(dreambooth.averaged(method_of(chosen).tuned(state)))
 
 
 def deviations(chosen: Recipe, state: Any) -> Params | None:
     """sigma of the posterior's leaves; None without a posterior."""
-    return None if chosen.bayes is None else bayes_dm.deviations(state.raw, chosen.bayes)
+    return None if chosen.bayes is None else spread.gathered(bayes_dm.deviations(state.raw, chosen.bayes))
 
 
 def merged(

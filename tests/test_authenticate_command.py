@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dmsec_jax import authentication, cli
+from dmsec_jax.checkpoints.unfinished import Store
 from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.num-draws", "4", "--settings.num-steps", "50", "--settings.tile", "2", "--settings.chunk", "2"]
@@ -94,15 +95,12 @@ def test_a_stopped_recovery_goes_on(tiny_folder, sets, tmp_path, monkeypatch):
     assert starts[-1] is None
 
 
-def test_the_state_of_another_run_or_a_broken_file_is_not_gone_on_with(tiny_folder, tmp_path):
-    from dmsec_jax.commands import authenticate
-
-    state = authentication.Unfinished(np.zeros((1, 2, 2, 1), np.float32), np.array([25]), np.array([0]))
-    store = authenticate._Store(tmp_path / "state.npz", ["a"])
+def test_the_state_of_another_run_or_a_broken_file_is_not_gone_on_with(tmp_path):
+    store = Store(tmp_path / "state.npz", ["a"])
     assert store.read() is None
-    store.write(state)
-    assert store.read().done.tolist() == [25]
-    assert authenticate._Store(store.path, ["b"]).read() is None
+    store.write(done=np.array([25]))
+    assert store.read()["done"].tolist() == [25]
+    assert Store(store.path, ["b"]).read() is None
     store.path.write_bytes(store.path.read_bytes()[:100])
     assert store.read() is None
 

@@ -23,6 +23,7 @@ FLOOR = {
     "functions": 4,
     "parallel": 4,
     "loading": 5,
+    "launch": 5,
     "report": 6,
     "commands": 8,
     "pipeline": 6,

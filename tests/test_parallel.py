@@ -93,7 +93,7 @@ def test_pmap_gives_what_one_device_gives(run, alone):
     assert_same(parallel.joined(found), alone[run])
 
 
-WIDE = 256  # a kernel of parallel.SMALL entries
+WIDE = 256  # a kernel of spread.SMALL entries
 TUNED = {"net": {"kernel": 0.05 * jax.random.normal(KEY, (WIDE, WIDE)), "bias": jnp.zeros(WIDE)}}
 DATA = Data(examples(jax.random.normal(jax.random.key(1), (8, 2, 2, WIDE)), jnp.zeros((8, 1, 1))))
 CFG = dreambooth.Config(num_steps=3, batch_size=8, accumulation=2, learning_rate=1e-2, sample_posterior=False)

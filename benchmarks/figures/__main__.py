@@ -1,7 +1,8 @@
 """`python -m benchmarks.figures`: writes all plots and puts all tables into the README."""
 
-from benchmarks.figures import authentication, extraction
+from benchmarks.figures import authentication, extraction, pod
 
 if __name__ == "__main__":
     extraction.main()
     authentication.main()
+    pod.main()

@@ -3,13 +3,15 @@
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import fail, require
 
 
@@ -21,17 +23,29 @@ class Restored(NamedTuple):
     metadata: dict[str, Any]
 
 
+class Damaged(ValueError):
+    """A checkpoint that cannot be read."""
+
+
 class Checkpoints:
     """Numbered checkpoints of one run in one folder; also a context manager that closes it.
 
     A save writes beside its final name and is renamed when complete, so an interrupted one is never restored; its
-    remains are removed at the next start.
+    remains are removed at the next start. One that was damaged later is set aside, and the one before it is restored.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        read_only: bool = False,
+        note: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=2),
+    ):
         """Opens or creates `folder`; the newest `keep` checkpoints are kept.
 
-        `read_only` touches nothing, for looking at a run that is still going: opening cleans up what looks interrupted.
+        `read_only` touches nothing, for looking at a run that is still going: opening cleans up what looks interrupted. `note` is told of a
+        checkpoint that cannot be read.
         """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -40,7 +54,7 @@ class Checkpoints:
             read_only=read_only,
             enable_async_checkpointing=False,  # so that a full disk is found, and reported, here and once
         )
-        self.folder = Path(folder).resolve()
+        self.folder, self._note, self._read_only = Path(folder).resolve(), note, read_only
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
@@ -71,7 +85,7 @@ class Checkpoints:
     def restore(
         self, like: Any, step: int | None = None, *, metadata: Mapping[str, Any] | None = None
     ) -> Restored | None:
-        """The newest checkpoint (or that of `step`) in the structure and placement of `like`; None if there is none.
+        """The newest checkpoint that can be read (or that of `step`) in the structure and placement of `like`; None if there is none.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct`s.
@@ -82,13 +96,21 @@ class Checkpoints:
             ValueError: if the metadata differ, which names the entries, or if the checkpoint holds another tree, which
                 lists every leaf that differs.
         """
-        step = self._manager.latest_step() if step is None else step
-        if step is None:
-            return None
+        saved = list(self._manager.all_steps())
+        if step is not None:
+            require(step in saved, "step", f"one of {saved}", step, "choose a saved step")
+            return self._restore(like, step, metadata)
+        for newest in sorted(saved, reverse=True):
+            try:
+                return self._restore(like, newest, metadata)
+            except Damaged as error:
+                self._set_aside(newest, error)
+        return None
+
+    def _restore(self, like: Any, step: int, metadata: Mapping[str, Any] | None) -> Restored:
         place = f"checkpoint {step} of {self.folder}"
-        if step not in self._manager.all_steps():
-            raise fail("step", f"one of {list(self._manager.all_steps())}", step, "choose a saved step")
-        note = self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
+        with _damage_named(place):
+            note = self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
         others = [
             key for name in metadata or {} for key in _differing(note["metadata"].get(name), metadata[name], name)
         ]
@@ -100,8 +122,22 @@ class Checkpoints:
             lines = "".join(f"\n  {key}: saved {saved.get(key)}, wanted {wanted.get(key)}" for key in different)
             cure = f"resume with the settings of the interrupted run, or start in another folder:{lines}"
             raise fail(place, "the state that this run needs", f"{len(different)} different leaves", cure)
-        tree = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(like)))["tree"]
+        with _damage_named(place):
+            tree = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(like)))["tree"]
         return Restored(step=step, tree=tree, metadata=note["metadata"])
+
+    def _set_aside(self, step: int, error: Damaged) -> None:
+        """Renames a damaged checkpoint, so that the run may save that step again."""
+        where = "" if self._read_only else f"; it is now {step}.damaged"
+        self._note(f"{error}; going on from the one before it{where}")
+        if self._read_only:
+            return
+        if jax.process_index() == 0:
+            aside = self.folder / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        spread.meet()
+        self._manager.reload()
 
     def close(self) -> None:
         """Releases what orbax holds."""
@@ -120,6 +156,16 @@ def _differing(saved: Any, wanted: Any, name: str) -> list[str]:
         names = sorted(saved.keys() | wanted.keys())
         return [key for part in names for key in _differing(saved.get(part), wanted.get(part), f"{name}.{part}")]
     return [] if saved == wanted else [name]
+
+
+@contextlib.contextmanager
+def _damage_named(place: str) -> Iterator[None]:
+    """Turns what orbax and its libraries raise on files that were cut short or changed into `Damaged`."""
+    try:
+        with _quiet():
+            yield
+    except Exception as error:  # of many kinds: JSON, zarr, missing files, its own
+        raise Damaged(f"{place} cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
 @contextlib.contextmanager

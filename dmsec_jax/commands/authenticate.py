@@ -1,11 +1,8 @@
 """`dmsec authenticate`: were these pictures used to fine-tune that model?"""
 
 import dataclasses
-import hashlib
-import json
 import sys
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +14,10 @@ from rich.progress import Progress
 
 from dmsec_jax import authentication, pipeline
 from dmsec_jax.authentication import METHODS, RECOVERING, Settings, Unfinished
+from dmsec_jax.checkpoints.unfinished import Store
 from dmsec_jax.commands.extract import both, same_model
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.files import atomic_file
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.pipeline import Subject
@@ -184,7 +181,7 @@ def _ask(subject, everything, methods, settings, seed, console, folder, origin):
     for name in methods:
         if name in RECOVERING:
             began = time.monotonic()
-            store = _Store(folder / f"{name}.unfinished.npz", [name, *origin])
+            store = Store(folder / f"{name}.unfinished.npz", [name, *origin])
             recoveries[name] = _recover(key, subject, everything, settings, name, store, console)
             scores[name] = -recoveries[name].error
             seconds[METHODS[name].label] = time.monotonic() - began
@@ -201,45 +198,17 @@ def _shown(recoveries: dict[str, authentication.Recovery], count: int, known: bo
     return {"recovered": part(slice(count)), **apart}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Store:
-    """The state of an unfinished CGI-DM in a file, bound to what it was made from."""
-
-    path: Path
-    origin: list
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.origin).encode()).hexdigest()
-
-    def read(self) -> Unfinished | None:
-        """What was saved by the same call; None if there is nothing of it, or it cannot be read."""
-        try:
-            with np.load(self.path, allow_pickle=False) as stored:
-                if str(stored["digest"]) == self.digest:
-                    return Unfinished(*(stored[name] for name in Unfinished._fields))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass
-        return None
-
-    def write(self, state: Unfinished) -> None:
-        with atomic_file(self.path) as file:
-            np.savez(file, digest=self.digest, **state._asdict())
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def _recover(key, subject, everything, settings, name, store: _Store, console) -> authentication.Recovery:
+def _recover(key, subject, everything, settings, name, store: Store, console) -> authentication.Recovery:
     """CGI-DM with a progress bar, saved after every chunk, gone on with where an earlier call was stopped."""
-    earlier = store.read()
+    stored = store.read()
+    earlier = None if stored is None else Unfinished(**stored)
     total = settings.num_steps * len(everything)
     with Progress(console=console, transient=True) as progress:
         done = 0 if earlier is None else int(earlier.done.sum())
         task = progress.add_task(METHODS[name].label, total=total, completed=done)
 
         def on_chunk(state: Unfinished) -> None:
-            store.write(state)
+            store.write(**state._asdict())
             progress.update(task, completed=int(state.done.sum()))
 
         found = authentication.recover(key, subject, everything, settings, name=name, resume=earlier, on_chunk=on_chunk)

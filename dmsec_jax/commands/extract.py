@@ -1,6 +1,7 @@
 """`dmsec extract`: which training pictures does a fine-tuned model give away?"""
 
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -16,8 +17,10 @@ from rich.progress import Progress
 
 from dmsec_jax import audit, pipeline
 from dmsec_jax.audit import Subject
-from dmsec_jax.core import config
+from dmsec_jax.checkpoints.unfinished import Store
+from dmsec_jax.core import config, spread
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import remove
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.methods import finextract
@@ -28,6 +31,8 @@ from dmsec_jax.report.training_data import Course
 
 DrawFn = Callable[[str, Subject, int, str], tuple[audit.Generated, ...]]
 """(method, subject, evaluations, label) -> pictures at each of the method's `guidances`."""
+UNFINISHED = "unfinished"
+"""How files begin that an interrupted run leaves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +118,10 @@ def run(cfg: Config) -> int:
         config=config.to_dict(cfg),
         inputs={"base": base.sha256, "model": tuned.sha256},
         notes=same_model(base, tuned),
+        folder=cfg.out,
     )
     report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown"})
+    forget(cfg.out)
     console.print(report.summary(found), markup=False, highlight=False)
     console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
     return 0
@@ -135,6 +142,7 @@ def extract(
     course: Course | None = None,
     notes: Sequence[str] = (),
     draw_fn: DrawFn | None = None,
+    folder: Path | None = None,
 ) -> Extraction:
     """Runs all methods on the same noise and gathers what the report shows.
 
@@ -143,12 +151,14 @@ def extract(
         seconds, config, inputs: of the whole command so far; the wall time of every method is added.
         notes: sentences on what deserves attention, known so far.
         draw_fn: draws the pictures, or brings those of an earlier run; default: `audit.sweep` with a progress bar.
+        folder: where batches of pictures are kept until all is written (`forget`); the same call goes on from there.
     """
     features = check(settings, number_known=number is not None)
     holdout, overlap = images.unseen(pictures, holdout, "hold-outs")
     seconds = dict(seconds)
     with Progress(console=console, transient=True) as progress:
-        draw = draw_fn or _drawer(progress, settings, jax.random.key(settings.seed), seconds)
+        origin = [subject.prompt, sorted(inputs.items())]
+        draw = draw_fn or _drawer(progress, settings, jax.random.key(settings.seed), seconds, folder, origin)
         base_subject = subject._replace(tuned=subject.base.params)
         (base,) = draw("plain", base_subject, settings.evaluations // 2, "base model")
         judge = audit.calibrated(pictures, holdout, base.images, settings.false_match_rate, features.embed)
@@ -302,8 +312,30 @@ def _remarks(settings: Settings, main: Method) -> list[str]:
     return remarks
 
 
-def _drawer(progress: Progress, settings: Settings, key, seconds: dict[str, float]) -> DrawFn:
-    """A `DrawFn` with a progress bar; its wall time is kept in `seconds`."""
+def forget(folder: Path) -> None:
+    """Deletes what `extract` kept for an interrupted run, once all processes have read it."""
+    spread.meet()
+    for path in folder.glob(f"{UNFINISHED}.*.npz"):
+        remove(path)
+
+
+def _drawer(
+    progress: Progress, settings: Settings, key, seconds: dict[str, float], folder: Path | None, origin: list
+) -> DrawFn:
+    """A `DrawFn` with a progress bar; its wall time is kept in `seconds`, its batches in `folder`."""
+    decided = [settings.num_steps, settings.sampler, settings.seed, spread.filled(settings.batch_size), *origin]
+
+    def kept(label: str, pairs: list, evaluations: int, start: int, compute) -> finextract.Extraction:
+        if folder is None:
+            return compute()
+        place = f"{UNFINISHED}.{label.replace(' ', '-')}.{start}.npz"
+        store = Store(folder / place, [label, pairs, evaluations, *decided])
+        stored = store.read()
+        if stored is not None:
+            return finextract.Extraction(**stored)
+        found = compute()
+        store.write(**found._asdict())
+        return found
 
     def draw(name: str, subject: Subject, evaluations: int, label: str) -> tuple[audit.Generated, ...]:
         task = progress.add_task(f"sampling: {label}", total=None)
@@ -320,6 +352,7 @@ def _drawer(progress: Progress, settings: Settings, key, seconds: dict[str, floa
                 sampler=settings.sampler,
                 batch_size=settings.batch_size,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+                kept_fn=functools.partial(kept, label, pairs, evaluations),
             )
         except finextract.NoneFinite:
             if label in ("base model", settings.methods[0]):

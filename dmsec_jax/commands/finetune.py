@@ -102,7 +102,9 @@ def run(cfg: Config) -> int:
     losses: list[np.ndarray] = []
     per_step = chosen.tune.batch_size * chosen.tune.accumulation
     with (
-        Checkpoints(cfg.out / "checkpoints") as checkpoints,
+        Checkpoints(
+            cfg.out / "checkpoints", note=lambda text: console.print(f"note: {text}", markup=False)
+        ) as checkpoints,
         progress_bar(chosen.tune.num_steps, per_step, console) as bar,
     ):
 

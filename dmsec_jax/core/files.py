@@ -1,4 +1,7 @@
-"""Files from strangers, read with bounds; writes that either complete or change nothing; digests of files and folders."""
+"""Files from strangers, read with bounds; writes that either complete or change nothing; digests of files and folders.
+
+Of several processes that share a run, process 0 writes: in the others the same calls go to a temporary place and leave nothing.
+"""
 
 import contextlib
 import errno
@@ -7,9 +10,12 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import jax
 
 from dmsec_jax.core.checks import fail, require
 
@@ -70,6 +76,10 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: with the cure, if it cannot be written; an existing file stays as it was.
     """
+    if not _writes():
+        with tempfile.TemporaryFile() as file:
+            yield file
+        return
     path = Path(path)
     part = _beside(path, "part")
     try:
@@ -117,6 +127,10 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
         ValueError: if `path` is something else that must not be overwritten.
         OSError: with the cure, if it cannot be written; the existing folder stays as it was.
     """
+    if not _writes():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
     path = Path(path).resolve()
     if path.exists():
         ours = path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))
@@ -157,6 +171,17 @@ def sha256(path: str | Path) -> str:
         return hashlib.sha256("".join(f"{sha256(path / file)}  {file}\n" for file in files).encode()).hexdigest()
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove(path: str | Path) -> None:
+    """Deletes a file, if there is one."""
+    if _writes():
+        Path(path).unlink(missing_ok=True)
+
+
+def _writes() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -1,12 +1,19 @@
 """Rows over devices: of the mesh in force (`jax.set_mesh`), or of a `pmap` axis. Without either these functions change nothing, so that a step
 holds no word about devices but where its rows are and which weights it needs whole."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, PartitionSpec
 
 from dmsec_jax.core.checks import require
+
+SMALL = 2**16
+"""Weights of fewer entries lie on every device: gathering them would cost more than it saves."""
 
 
 def rows(tree: Any) -> Any:
@@ -24,9 +31,77 @@ def rows(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, PartitionSpec(mesh.axis_names))
 
 
+def even(tree: Any) -> Any:
+    """As `rows`, but leaves that have no rows, or not a multiple of the devices, stay as they are."""
+    mesh = _mesh()
+    if mesh is None:
+        return tree
+    shared = lambda leaf: jnp.ndim(leaf) and leaf.shape[0] % mesh.size == 0
+    return jax.tree.map(lambda leaf: rows(leaf) if shared(leaf) else leaf, tree)
+
+
+def filled(count: int) -> int:
+    """The next multiple of the devices of the mesh: batches that are filled up to it can be shared."""
+    mesh = _mesh()
+    return count if mesh is None else -(-count // mesh.size) * mesh.size
+
+
 def whole(tree: Any) -> Any:
-    """Leaves that every device of the mesh holds: weights that were cut are gathered here, and their gradients summed."""
+    """Leaves that every device of the mesh holds, as the host reads them: weights that were cut are gathered here, and their gradients summed."""
     return tree if _mesh() is None else jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def apart(run: Callable, *args: Any) -> Any:
+    """`run` of leaves [N, ...], on each device of the mesh for its own rows: for kernels that the compiler cannot divide.
+
+    Where the number of devices does not divide N, every device runs it for all rows.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return run(*args)
+    divided = all(leaf.shape[0] % mesh.size == 0 for leaf in jax.tree.leaves(args))
+    where = PartitionSpec(mesh.axis_names) if divided else PartitionSpec()
+    return jax.shard_map(run, in_specs=where, out_specs=where, check_vma=False)(*args)
+
+
+def cut(tree: Any) -> Any:
+    """Weights, or a training state, over the axis `fsdp` of the mesh, as `specs` says; `whole` gathers them where they are used."""
+    mesh = _mesh()
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, specs(tree, mesh.shape["fsdp"]))
+
+
+def specs(tree: Any, size: int) -> Any:
+    """For each leaf, where `size` devices hold it: a kernel or table of `SMALL` entries or more is cut along its last axis (output channels of
+    [in, out] and HWIO) over `fsdp`, or along the one before it if only that one divides; all else lies on every device.
+
+    Output channels, not the largest axis: a weight cut along an axis that is summed over would turn its gradient's sum into an exchange of
+    activations.
+    """
+
+    def spec(leaf) -> PartitionSpec:
+        divided = [axis for axis in (-1, -2) if leaf.ndim >= 2 and leaf.shape[axis] % size == 0]
+        if size == 1 or not divided or leaf.size < SMALL:
+            return PartitionSpec()
+        names = [None] * leaf.ndim
+        names[divided[0]] = "fsdp"
+        return PartitionSpec(*names)
+
+    return jax.tree.map(spec, tree)
+
+
+_whole = jax.jit(lambda tree: whole(tree))
+
+
+def gathered(tree: Any) -> Any:
+    """`whole` outside of compiled programs."""
+    return tree if _mesh() is None else _whole(tree)
+
+
+def to_host(tree: Any) -> Any:
+    """NumPy arrays of the whole, on every host: a collective, so all processes call it. Leaf by leaf: a device holds one of them whole."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
 
 
 def own_rows(tree: Any, axis_name: str | None) -> Any:
@@ -48,6 +123,17 @@ def own_rows(tree: Any, axis_name: str | None) -> Any:
 def mean(tree: Any, axis_name: str | None) -> Any:
     """The mean over the devices of a `pmap`."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def on_any_host(flag: bool) -> bool:
+    """Whether it is set in one of the processes of the run; all of them ask."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def meet() -> None:
+    """Waits until every process of the run has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("meet")
 
 
 def _mesh() -> jax.sharding.AbstractMesh | None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dmsec_jax.checkpoints.state import Checkpoints
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.types import EpsFn, Key, Params
 from dmsec_jax.diffusion.schedule import ScheduleConfig
@@ -49,7 +50,11 @@ DREAMBOOTH = Method(dreambooth.init, dreambooth.run, lambda state: state, Info)
 @partial(jax.jit, static_argnames=("method", "eps_fn", "adapter", "text_fn", "num_steps"), donate_argnames="state")
 def _advance(key, state, data, params, cfg, *, method, eps_fn, adapter, schedule, text_fn, num_steps):
     network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
-    return method.run(key, state, data, params, cfg, num_steps=num_steps, **network)
+    state, info = method.run(key, state, data, params, cfg, num_steps=num_steps, **network)
+    return spread.cut(state), spread.whole(info)
+
+
+_placed = jax.jit(spread.cut)
 
 
 class Past(NamedTuple):
@@ -89,7 +94,7 @@ def on_disk(
 
     def save(done: int, state: Any, past: Past) -> None:
         history = {name: values.tolist() for name, values in past.info._asdict().items()}
-        checkpoints.save(done, jax.device_get(state), {**origin, "info": history, "seconds": past.seconds})
+        checkpoints.save(done, spread.to_host(state), {**origin, "info": history, "seconds": past.seconds})
 
     def restore(like: Any) -> tuple[Any, Past] | None:
         found = checkpoints.restore(like, metadata=origin)
@@ -149,6 +154,7 @@ def fit(
     began = time.monotonic()
     enough = enough or (lambda done: False)
     state, past = _start(key_init, params, cfg, adapter, method, restore)
+    state = _placed(state)
     start = done = saved = int(method.tuned(state).step)
     fixed = dataclasses.replace(cfg, num_steps=chunk_steps)  # so that the total is no part of what is compiled
     network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
@@ -159,7 +165,8 @@ def fit(
         info = jax.tree.map(lambda *parts: np.concatenate(parts), *history)
         return Past(info, past.seconds + time.monotonic() - began)
 
-    with _stop_requests() as stopped:
+    with _stop_requests() as received:
+        stopped = lambda: spread.on_any_host(received())
         chunks = _chunks(advance, state, range(start, cfg.num_steps), chunk_steps, lambda at: stopped() or enough(at))
         for done, info, state in chunks:
             _require_finite(info, done, saved if save else 0, cfg)

@@ -46,6 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dmsec_jax.core import spread
 from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.config import config
@@ -107,6 +108,10 @@ class Extraction(NamedTuple):
     """bool. Images that are not finite must be left out of features and means: `images[finite]`."""
     rms: np.ndarray
     """Root mean square of the final latent."""
+
+
+KeptFn = Callable[[int, Callable[[], Extraction]], Extraction]
+"""(number of the batch's first image, what computes it) -> the batch."""
 
 
 def guided(eps_base: Latent, eps_tuned: Latent, cfg: Config) -> Latent:
@@ -246,6 +251,7 @@ def sweep(
     x0_fn: samplers.X0Fn = samplers.identity,
     finish_fn: Callable[[Latent], Array] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kept_fn: KeptFn | None = None,
 ) -> Extraction:
     """`count` images for each of G guidance settings, all from the same start noise, in batches that may span settings.
 
@@ -254,6 +260,7 @@ def sweep(
         shape: of one latent (h, w, c).
         finish_fn: latents [B, h, w, c] -> array [B, ...], for example decoding, called on each batch outside `jit`.
         progress: called as progress(done, total) after each batch.
+        kept_fn: for runs that may be interrupted, asked for every batch: it computes it, or brings what it computed in an earlier run.
 
     Raises:
         ValueError: on counts below 1 or w and k of other shapes.
@@ -265,18 +272,22 @@ def sweep(
     require(count >= 1, "count", "at least 1", count, "ask for some images")
     require(batch_size >= 1, "batch_size", "at least 1", batch_size, "use as many as fit the memory")
     total = w.size * count
-    batch_size = min(batch_size, total)
+    batch_size = spread.filled(min(batch_size, total))
     options = {"pair_fn": pair_fn, "schedule": schedule, "sampler_fn": sampler_fn, "guide_fn": guide_fn, "x0_fn": x0_fn}
     chunks = []
     for start in range(0, total, batch_size):
         position = np.minimum(np.arange(start, start + batch_size), total - 1)  # the last batch is filled up
         point, index = position // count, position % count
-        cfg = dataclasses.replace(grid, w=jnp.asarray(w[point]), k=jnp.asarray(k[point]))
-        latent, finite, rms = _sample_chunk(key, jnp.asarray(index, jnp.int32), params, cfg, shape=shape, **options)
-        images = np.asarray(latent if finish_fn is None else finish_fn(latent))
-        finite = np.asarray(finite) & np.isfinite(images).all(axis=tuple(range(1, images.ndim)))
         used = min(batch_size, total - start)
-        chunks.append((images[:used], finite[:used], np.asarray(rms)[:used]))
+
+        def chunk(point=point, index=index, used=used) -> Extraction:
+            cfg = dataclasses.replace(grid, w=jnp.asarray(w[point]), k=jnp.asarray(k[point]))
+            latent, finite, rms = _sample_chunk(key, jnp.asarray(index, jnp.int32), params, cfg, shape=shape, **options)
+            images = np.asarray(latent if finish_fn is None else finish_fn(latent))
+            finite = np.asarray(finite) & np.isfinite(images).all(axis=tuple(range(1, images.ndim)))
+            return Extraction(images[:used], finite[:used], np.asarray(rms)[:used])
+
+        chunks.append(chunk() if kept_fn is None else kept_fn(start, chunk))
         if progress is not None:
             progress(start + used, total)
     joined = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
@@ -320,5 +331,6 @@ def _sampler(schedule: ScheduleConfig, cfg: Config, sampler_fn: SamplerFn) -> sa
 def _sample_chunk(key, index, params, cfg, *, shape, **options):
     """(clean latents [B, *shape], finite [B], rms [B]) of the images with these global indices."""
     key_start, key_steps = jax.random.split(key)
+    index, cfg = spread.even((index, cfg))
     state, info = run(key_steps, start_noise(key_start, index, shape), index, params, cfg, **options)
-    return state.sampler.z, info.finite[-1], info.rms[-1]
+    return spread.whole((state.sampler.z, info.finite[-1], info.rms[-1]))

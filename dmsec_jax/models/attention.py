@@ -1,10 +1,13 @@
 """Attention, one implementation for all networks, and the transformer blocks of the UNet."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from dmsec_jax.models import splash
 from dmsec_jax.models.layers import Conv, GroupNorm
 
 MAX_LOGITS = 2**22
@@ -12,9 +15,9 @@ MAX_LOGITS = 2**22
 
 
 def attention(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
-    """Scaled dot-product attention with float32 softmax.
+    """Scaled dot-product attention with float32 softmax, by what suits the device that the program is compiled for.
 
-    Long sequences are split over queries (exact: each query's softmax sees all keys), so the [N, M] matrix never exists whole.
+    TPU, long sequences: `splash.attention`. All else: `chunked`.
 
     Args:
         q: [B, N, heads, D]; k, v: [B, M, heads, D].
@@ -24,6 +27,15 @@ def attention(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
     Returns:
         [B, N, heads, D] in the dtype of `v`.
     """
+    in_chunks = partial(chunked, mask=mask, max_logits=max_logits)
+    if mask is None and splash.worthwhile(q.shape[1], k.shape[1], q.shape[2]):
+        return jax.lax.platform_dependent(q, k, v, tpu=splash.attention, default=in_chunks)
+    return in_chunks(q, k, v)
+
+
+def chunked(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
+    """Attention on any device. Long sequences are split over queries (exact: each query's softmax sees all keys), so the [N, M] matrix never
+    exists whole. Arguments as `attention`."""
     _, n, heads, width = q.shape
     q = q * jnp.asarray(width**-0.5, q.dtype)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmsec_jax.core.files import remove
 from dmsec_jax.data.images import save_png
 from dmsec_jax.metrics.extraction import Matches
 from dmsec_jax.report import page as html
@@ -211,7 +212,7 @@ def _remove(folder: Path, names: set[str]) -> None:
         path = folder / name
         ours = re.fullmatch(r"pictures/([a-z0-9-]+/)?[a-z0-9-]+\.png", name) and path.is_file()
         if ours and path.resolve() == folder.resolve() / name:
-            path.unlink()
+            remove(path)
 
 
 def _write_pictures(folder: Path, extraction: Extraction) -> dict[str, str]:

@@ -100,6 +100,34 @@ def test_other_structure_lists_every_difference(tmp_path):
     assert len(lines) == 8  # two parameters, two moments of each, the new one, the step
 
 
+@pytest.mark.parametrize("lost", ["half of a file", "every array", "the note"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_counts(tmp_path, lost):
+    notes = []
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(seed=step))
+    if lost == "half of a file":
+        data = max((tmp_path / "2" / "tree").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    elif lost == "every array":
+        for path in (tmp_path / "2" / "tree").rglob("d/*"):
+            path.unlink()
+    else:
+        next(path for path in (tmp_path / "2" / "note").rglob("*") if path.is_file()).write_text('{"structure": {')
+    with Checkpoints(tmp_path, read_only=True, note=notes.append) as checkpoints:
+        assert checkpoints.restore(state()).step == 1
+    with Checkpoints(tmp_path, note=notes.append) as checkpoints:
+        restored = checkpoints.restore(state())
+        assert restored.step == 1
+        assert_equal(restored.tree, state(seed=1))
+        checkpoints.save(2, state(seed=2))
+    with Checkpoints(tmp_path, note=notes.append) as checkpoints:
+        assert checkpoints.restore(state()).step == 2
+    assert len(notes) == 2
+    assert all("checkpoint 2 of" in note and "cannot be read" in note for note in notes)
+    assert "2.damaged" in notes[1]
+
+
 def test_reading_leaves_a_save_under_way_alone(tmp_path):
     with Checkpoints(tmp_path / "run") as checkpoints:
         checkpoints.save(1, {"a": np.arange(3.0)})

@@ -1,0 +1,114 @@
+"""One cell: a step compiled for a topology, and what the compiled program says of itself."""
+
+import collections
+import hashlib
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from benchmarks.pod.chips import GIB, Chip
+from benchmarks.pod.steps import Program
+
+OPTIONS = {"exec_time_optimization_effort": -1.0}
+"""A tenth of the compile time; less is fused, so memory and bytes are upper bounds."""
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)")
+ARRAY = re.compile(r"\b(?:pred|[suf](\d+)|bf(16)|f8\w*)\[([\d,]*)\]")
+GROUP = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+TOO_LARGE = re.compile(r"(?:Used|required[^(]*\()\s*([\d.]+)([KMGT])")
+LOOP_BODY = re.compile(r"body=%?([\w.\-]+)")
+
+
+class Lowered(NamedTuple):
+    """A step before it is compiled."""
+
+    program: Program
+    lowered: jax.stages.Lowered
+    digest: str
+    """Of its text and of what compiles it."""
+
+
+def lower(program: Program, mesh: Mesh, compiler: str) -> Lowered:
+    """Traces a step for the devices of a mesh."""
+    options = {} if program.out_shardings is None else {"out_shardings": program.out_shardings}
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(program.run, donate_argnums=program.donated, **options)
+        lowered = jitted.lower(*program.args)
+    text = "\n".join([compiler, str(sorted(OPTIONS.items())), str(mesh.shape), lowered.as_text()])
+    return Lowered(program, lowered, hashlib.sha256(text.encode()).hexdigest())
+
+
+def measure(step: Lowered, chip: Chip, examples: float) -> dict[str, Any]:
+    """Compiles, and reads off everything; `examples` are those of one device.
+
+    A program that does not fit is refused by the compiler: then only what it would need is known.
+    """
+    began = time.monotonic()
+    try:
+        compiled = step.lowered.compile(compiler_options=OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"fits": False, "needed_gib": needed(str(error)), "compile_seconds": time.monotonic() - began}
+    seconds = time.monotonic() - began
+    text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
+    work, repeats = step.program.work, step.program.repeats
+    found = collectives(text)
+    flops = (cost["flops"] + work.hidden * examples) * repeats
+    moved, exchanged = cost["bytes accessed"] * repeats, sum(part["bytes"] for part in found.values()) * repeats
+    times = {"products": flops / chip.flops, "memory": moved / chip.bandwidth, "links": exchanged / chip.links}
+    slowest = max(times.values())
+    gib = lambda name: getattr(memory, f"{name}_in_bytes") / GIB
+    return {
+        "fits": True,
+        "compile_seconds": seconds,
+        "peak_gib": gib("peak_memory"),
+        "arguments_gib": gib("argument_size"),
+        "outputs_gib": gib("output_size"),
+        "aliased_gib": gib("alias_size"),
+        "temporaries_gib": gib("temp_size"),
+        "flops": flops,
+        "flops_analytic": (work.visible + work.hidden) * examples * repeats,
+        "flops_useful": work.useful * examples * repeats,
+        "bytes": moved,
+        "collectives": found,
+        "unplanned": sorted(found.keys() - step.program.plan),
+        "kernels": text.count("tpu_custom_call"),
+        "seconds": times,
+        "bound": max(times, key=times.get),
+        "projected_seconds": slowest,
+        "projected_mfu": work.useful * examples * repeats / slowest / chip.flops,
+    }
+
+
+def collectives(text: str) -> dict[str, dict[str, float]]:
+    """Kind -> how many there are and the bytes that one device sends for them, as a ring does."""
+    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0.0})
+    for line in text.splitlines():
+        if match := COLLECTIVE.search(line):
+            result, kind, rest = match.groups()
+            group = GROUP.search(rest)
+            n = 1 if group is None else int(group[1]) if group[1] else group[2].count(",") + 1
+            size = sum(map(_bytes, ARRAY.finditer(result)))
+            if f"{kind}-start(" in line and kind == "all-gather":
+                size *= n / (n + 1)  # gives its operands, too
+            share = (n - 1) / n
+            factor = {"all-reduce": 2 * share, "reduce-scatter": share * n, "all-to-all": share}.get(kind, share)
+            found[kind]["count"] += 1
+            found[kind]["bytes"] += size * (1.0 if kind == "collective-permute" else factor)
+    return dict(found)
+
+
+def needed(message: str) -> float | None:
+    """GiB that the compiler says it would take."""
+    match = TOO_LARGE.search(message)
+    return None if match is None else float(match[1]) * {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}[match[2]]
+
+
+def _bytes(match: re.Match) -> int:
+    bits = int(match[1] or match[2] or 8)
+    return math.prod(int(n) for n in match[3].split(",") if n) * bits // 8

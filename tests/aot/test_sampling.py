@@ -1,0 +1,16 @@
+"""Steps whose rows never meet, compiled for TPUs: devices say nothing to each other, however many there are."""
+
+import pytest
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.mark.parametrize("topology", ["v5e-4", "v5e-16"])
+def test_sampling_of_fifty_steps_is_one_program_without_exchange(judged, topology):
+    talk, _ = judged("sampling", topology, f"data={topology.removeprefix('v5e-')}", temporaries=8)
+    assert not talk
+
+
+def test_gradients_of_two_networks_need_no_exchange(judged):
+    talk, _ = judged("CGI-DM", "v5e-16", "data=16", temporaries=60)
+    assert not talk

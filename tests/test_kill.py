@@ -1,0 +1,160 @@
+"""Long verbs that are killed again and again end with the files of a run that was left alone."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from killing import run
+from safetensors.numpy import load_file
+
+from dmsec_jax.data.images import save_png
+
+pytestmark = pytest.mark.slow  # dozens of processes
+
+FINETUNE = ["--sample-every", "4", "--set", "tune.num_steps=8", "chunk_steps=2", "save_every=2", "patterns=[conv_out]"]
+EXTRACT = ["--settings.evaluations", "12", "--settings.num-steps", "2", "--settings.batch-size", "2"]
+EXTRACT += ["--settings.methods", "finextract", "plain"]
+AUTHENTICATE = ["--settings.num-draws", "2", "--settings.num-steps", "50", "--settings.tile", "2"]
+AUTHENTICATE += ["--settings.cgi-draws", "1", "--settings.batch-size", "1", "--methods", "cgi-dm"]
+PROTECT = ["--steps", "2", "--batch-size", "1", "--purifiers", "jpeg"]
+PRETRAIN = ["train.num_steps=6", "chunk_steps=2", "held_out=2", "check_sizes=[5]", "train.sizes=[5]"]
+PRETRAIN += ["train.rows=[50,100]", "net.width=8", "net.depth=1", "train.pairs=20"]
+KILLS = {"finetune": 9, "extract": 6, "authenticate": 6, "protect": 6, "pretrain": 5}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def line(tiny_folder, pictures):
+    """(verb, folder) -> the command line."""
+
+    def of(verb, out):
+        known = ["--images", str(pictures), "--prompt", "a red dog"]
+        model, models = ["--model", str(tiny_folder)], ["--base", str(tiny_folder), "--model", str(tiny_folder)]
+        options = {
+            "finetune": [*known, *model, "--out", str(out), *FINETUNE],
+            "extract": [*known, *models, "--out", str(out), *EXTRACT],
+            "authenticate": [*known, *models, "--out", str(out), *AUTHENTICATE],
+            "protect": [*known, *model, "--out", str(out), *PROTECT],
+            "pretrain": [
+                "--what",
+                "skeleton",
+                "--work",
+                str(out / "work"),
+                "--out",
+                str(out / "made"),
+                "--set",
+                *PRETRAIN,
+            ],
+        }
+        return [verb, *options[verb]]
+
+    return of
+
+
+def left(folder):
+    """What a run leaves for its user: file -> content, without times and places."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if not path.is_file() or {"checkpoints", "work"} & set(name.parts) or name.name == "report.html":
+            continue
+        content = path.read_bytes()
+        if name.name == "result.json":
+            result = json.loads(content)
+            content = {key: result[key] for key in ("rows", "details", "inputs", "seeds", "pictures", "notes")}
+        found[str(name)] = content
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(line, tmp_path_factory):
+    """verb -> (folder of a run that was left alone, its file operations)."""
+    made = {}
+
+    def of(verb):
+        if verb not in made:
+            folder = tmp_path_factory.mktemp(verb) / "whole"
+            folder.mkdir()
+            status, count, log = run(line(verb, folder), folder)
+            assert status == 0, log
+            made[verb] = (folder, count)
+        return made[verb]
+
+    return of
+
+
+@pytest.mark.parametrize("verb", KILLS)
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(verb, line, whole, tmp_path):
+    expected, count = whole(verb)
+    folder, rng, kills = tmp_path / "cut", random.Random(verb), 0
+    folder.mkdir()
+    while kills < KILLS[verb]:
+        if kills % 3 == 2:  # at a moment between, or in the middle of, file operations
+            when = {"seconds": rng.uniform(0, 2)}
+        else:
+            when = {"operation": rng.randint(1, max(count // 2, 1))}
+        status, _, log = run(line(verb, folder), folder, **when)
+        assert status in (0, -9), log
+        kills += 1
+        if status == 0:  # it was finished already: from the beginning
+            assert left(folder) == left(expected)
+            shutil.rmtree(folder)
+            folder.mkdir()
+    status, _, log = run(line(verb, folder), folder)
+    assert status == 0, log
+    assert left(folder) == left(expected)
+
+
+def test_a_killed_training_goes_on_with_other_devices(line, whole, tmp_path):
+    expected, count = whole("finetune")
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    for devices, axes in ((4, "data=2,fsdp=2"), (2, "data"), (1, None)):
+        mesh = [] if axes is None else ["--mesh", axes]
+        when = {} if axes is None else {"operation": count // 3}
+        status, _, log = run([*line("finetune", folder), *mesh], folder, devices=devices, **when)
+        assert status == (0 if axes is None else -9), log
+    ours, theirs = (load_file(place / "model/unet/diffusion_pytorch_model.safetensors") for place in (folder, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_a_full_disk_is_one_error_and_the_same_command_goes_on(line, whole, tmp_path):
+    expected, _ = whole("finetune")
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    status, _, log = run(line("finetune", folder), folder, file_bytes=1500)
+    assert status == 1
+    assert "dmsec: cannot write" in log
+    assert "Traceback" not in log
+    status, _, log = run(line("finetune", folder), folder)
+    assert status == 0, log
+    assert left(folder) == left(expected)
+
+
+def test_a_truncated_checkpoint_costs_only_the_steps_since_the_one_before(line, whole, tmp_path):
+    expected, count = whole("finetune")
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    at = count // 2
+    assert run(line("finetune", folder), folder, operation=at)[0] == -9
+    saved = sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
+    assert len(saved) == 2
+    files = [path for path in (folder / "checkpoints" / str(saved[-1]) / "tree").rglob("*") if path.is_file()]
+    longest = max(files, key=lambda path: path.stat().st_size)
+    longest.write_bytes(longest.read_bytes()[: longest.stat().st_size // 2])
+    status, _, log = run(line("finetune", folder), folder)
+    assert status == 0, log
+    assert f"checkpoint {saved[-1]} of" in log.replace("\n", " ")
+    assert left(folder) == left(expected)

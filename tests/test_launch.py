@@ -1,0 +1,167 @@
+"""The long verbs on many devices and in two processes: what one device gives, with files written once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from dmsec_jax import cli, launch, parallel
+from dmsec_jax.core import files, spread
+from dmsec_jax.data.images import save_png
+
+SAMPLING = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "3"]
+SAMPLING += ["--settings.methods", "finextract", "plain"]
+TUNING = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2", "patterns=[conv_out]", "tune.adam_epsilon=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=300)
+    columns = np.stack([first, first + rng.normal(size=300), rng.normal(size=300)], axis=1)
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    path.write_text("a,b,c\n" + "\n".join(",".join(f"{value:.6f}" for value in row) for row in columns))
+    return path
+
+
+@pytest.fixture(scope="module")
+def verbs(tiny_folder, pictures, table):
+    """Folder of all results -> the command lines, which belong together."""
+
+    def lines(out):
+        common = ["--images", str(pictures), "--prompt", "a red dog"]
+        tune = ["finetune", *common, "--model", str(tiny_folder), "--sample-every", "2", *TUNING]
+        models = ["--base", str(tiny_folder), "--model", str(out / "finetune/model")]
+        chosen = {
+            "finetune": tune,
+            "extract": ["extract", *common, *models, *SAMPLING],
+            "discover": ["discover", str(table), "--restarts", "4", "--set", "num_steps=3"],
+        }
+        return {verb: [*line, "--out", str(out / verb)] for verb, line in chosen.items()}
+
+    return lines
+
+
+@pytest.fixture(scope="module")
+def alone(verbs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    for line in verbs(out).values():
+        assert cli.main(line) == 0
+    return out
+
+
+def assert_same(found: Path, expected: Path):
+    """Pictures to a level, weights and figures to rounding, and no file more or less."""
+    names = lambda place: sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
+    ignored = lambda name: "checkpoints" in name.parts
+    assert [n for n in names(found) if not ignored(n)] == [n for n in names(expected) if not ignored(n)]
+    for name in names(expected):
+        mine, other = found / name, expected / name
+        if name.suffix == ".png":
+            levels = np.asarray(Image.open(mine), int) - np.asarray(Image.open(other), int)
+            assert np.abs(levels).max() <= 1, name
+        elif name.suffix == ".safetensors":
+            ours, theirs = load_file(mine), load_file(other)
+            for key, tensor in theirs.items():
+                np.testing.assert_allclose(ours[key], tensor, rtol=1e-4, atol=1e-6, err_msg=key)
+        elif name.name == "result.json":
+            ours, theirs = (json.loads(path.read_text()) for path in (mine, other))
+            assert len(ours["rows"]) == len(theirs["rows"])
+            for one, row in zip(ours["rows"], theirs["rows"], strict=True):
+                assert (one["metric"], one["method"]) == (row["metric"], row["method"])
+                numbers = [[part[name] for name in ("value", "low", "high")] for part in (one, row)]
+                np.testing.assert_allclose(*(np.array(part, float) for part in numbers), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow  # compiles everything twice
+def test_eight_devices_give_what_one_gives(verbs, alone, tmp_path):
+    for verb, line in verbs(tmp_path).items():
+        axes = "data=2,fsdp=2" if verb == "finetune" else "data"  # four rows a step
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(spread, "SMALL", 1)  # so that weights of this size are cut
+            if verb == "finetune":
+                patched.setattr(parallel.jax, "devices", lambda: jax.local_devices()[:4])
+            assert cli.main([*line, "--mesh", axes]) == 0
+    assert_same(tmp_path, alone)
+
+
+@pytest.mark.slow  # six processes that compile
+def test_two_processes_give_what_one_gives(verbs, alone, tmp_path):
+    for verb, line in verbs(tmp_path).items():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            where = f"127.0.0.1:{probe.getsockname()[1]}"
+        axes = "data=2,fsdp=2" if verb == "finetune" else "data"
+        together = ["--mesh", axes, "--coordinator", where, "--num-processes", "2", "--process-id"]
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+        children = [
+            subprocess.Popen([sys.executable, "-c", CHILD, *line, *together, str(i)], **pipes) for i in range(2)
+        ]
+        outputs = [child.communicate(timeout=900)[0] for child in children]
+        assert [child.returncode for child in children] == [0, 0], f"{verb}\n" + "\n".join(outputs)
+    assert_same(tmp_path, alone)
+
+
+CHILD = """
+import sys
+from dmsec_jax import cli
+from dmsec_jax.core import spread
+
+spread.SMALL = 1
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_only_process_0_leaves_files(tmp_path, monkeypatch):
+    (tmp_path / "kept").write_text("kept")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    files.write_json(tmp_path / "a.json", {})
+    with files.atomic_folder(tmp_path / "folder", "marker") as folder:
+        (folder / "marker").write_text("")
+    files.remove(tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    files.write_json(tmp_path / "a.json", {})
+    files.remove(tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--mesh", "data=3"], "mesh must be of 8 devices"),
+    (["--mesh", ""], "leave the option out"),
+    (["--coordinator", "localhost:1"], "all three or none"),
+])  # fmt: skip
+def test_mistakes_are_one_line(table, options, message, capsys):
+    assert cli.main(["discover", str(table), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_options_there_is_no_mesh():
+    with launch.on(launch.Devices()):
+        assert jax.sharding.get_mesh().empty
+    with launch.on(launch.Devices(mesh="data=4,fsdp=2")):
+        assert dict(jax.sharding.get_mesh().shape) == {"data": 4, "fsdp": 2}
+    assert jax.sharding.get_mesh().empty
+
+
+def test_all_devices_are_counted(capsys):
+    assert launch.count(launch.Devices()) == 0
+    assert "process 0 of 1: 8 of 8 devices" in capsys.readouterr().out

@@ -1,0 +1,94 @@
+"""The bench that compiles for TPUs: work counted by hand, and what is read off a compiled program's text."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.pod import compiled, counts
+from benchmarks.pod.__main__ import CELLS
+from benchmarks.pod.chips import CHIPS, TOPOLOGIES
+from benchmarks.pod.steps import BUILDS, MODELS
+from dmsec_jax.models import presets, unet, vae
+
+
+def products(jaxpr):
+    """Floating-point operations of all matrix products and convolutions of a program, programs inside it included; of branches the last."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * eqn.outvars[0].aval.size
+        elif name == "conv_general_dilated":
+            total += 2 * math.prod(eqn.invars[1].aval.shape[:3]) * eqn.outvars[0].aval.size
+        elif name == "cond":
+            total += products(eqn.params["branches"][0].jaxpr)
+        elif name == "scan":
+            total += eqn.params["length"] * products(eqn.params["jaxpr"].jaxpr)
+        else:
+            inside = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+            total += sum(products(program) for program in inside if hasattr(program, "eqns"))
+    return total
+
+
+def test_counts_by_hand_are_those_of_the_traced_networks():
+    preset = presets.TINY
+    side, tokens = preset.unet.sample_size, 7
+    params = jax.eval_shape(partial(unet.init, cfg=preset.unet), jax.random.key(0))
+    shape = lambda *lengths: jax.ShapeDtypeStruct(lengths, jnp.float32)
+    inputs = shape(1, side, side, preset.unet.in_channels), shape(1), shape(1, tokens, preset.unet.cross_attention_dim)
+    traced = jax.make_jaxpr(partial(unet.apply, preset.unet))(params, *inputs)
+    assert counts.unet_forward(preset.unet, side, tokens).total == products(traced.jaxpr)
+
+    pixels = preset.vae.sample_size
+    params = jax.eval_shape(partial(vae.init, cfg=preset.vae), jax.random.key(0))
+    traced = jax.make_jaxpr(partial(vae.encode, preset.vae))(params, shape(1, pixels, pixels, 3))
+    assert counts.vae_encode(preset.vae, pixels).total == products(traced.jaxpr)
+
+
+def test_stable_diffusion_takes_what_is_published():
+    forward = counts.unet_forward(presets.SD15.unet, 64, 77)
+    assert forward.total == pytest.approx(2 * 0.4e12, rel=0.01)  # 0.4 trillion multiplications and additions
+    assert forward.long > 0.1 * forward.total
+
+
+TEXT = """
+  %all-reduce.1 = f32[1024]{0:T(1024)} all-reduce(%a), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %ag = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%b), replica_groups={{0,1,2,3}}, dimensions={0}
+  %done = bf16[8,8]{1,0} all-gather-done(%ag)
+  %cp = f32[16]{0} collective-permute(%c), source_target_pairs={{0,1},{1,0}}
+  %not = f32[16]{0} fusion(%all-reduce.1), kind=kLoop
+"""
+
+
+def test_collectives_are_counted_with_the_bytes_of_a_ring():
+    found = compiled.collectives(TEXT)
+    assert {kind: part["count"] for kind, part in found.items()} == {
+        "all-reduce": 1,
+        "all-gather": 1,
+        "collective-permute": 1,
+    }
+    assert found["all-reduce"]["bytes"] == pytest.approx(2 * 3 / 4 * 4096)
+    assert found["all-gather"]["bytes"] == pytest.approx(3 / 4 * 128)
+    assert found["collective-permute"]["bytes"] == 64
+
+
+@pytest.mark.parametrize(("message", "gib"), [
+    ("Ran out of memory on HBM, the total memory required for HLO temporaries (40.00G) exceeds available HBM (15.75G)", 40.0),
+    ("Ran out of memory in memory space hbm. Used 20.51G of 15.75G hbm. Exceeded hbm capacity by 4.76G.", 20.51),
+    ("something else", None),
+])  # fmt: skip
+def test_what_is_needed_is_read_off_the_refusal(message, gib):
+    assert compiled.needed(message) == gib
+
+
+def test_cells_name_what_there_is_and_no_two_share_a_file():
+    assert {cell.step for cell in CELLS} == set(BUILDS)
+    assert {cell.model for cell in CELLS} <= set(MODELS)
+    assert {cell.topology for cell in CELLS} == set(TOPOLOGIES)
+    assert {topology.chip for topology in TOPOLOGIES.values()} == set(CHIPS)
+    assert len({cell.path for cell in CELLS}) == len(CELLS)
