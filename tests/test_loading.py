@@ -12,6 +12,7 @@ from dmsec_jax import loading, pipeline
 from dmsec_jax.checkpoints import single_file
 from dmsec_jax.checkpoints.adapter_export import write_lora
 from dmsec_jax.checkpoints.io import read_tensors, write_tensors
+from dmsec_jax.core import spread
 from dmsec_jax.core.trees import flatten
 from dmsec_jax.models import conditioning
 
@@ -59,7 +60,7 @@ def test_parameters_in_half_precision_but_for_the_autoencoder(tiny_xl_folder):
 
 
 def test_parameters_lie_where_the_plan_says(tiny_folder, monkeypatch):
-    monkeypatch.setattr(loading.parallel, "SMALL", 64)
+    monkeypatch.setattr(spread, "SMALL", 64)
     mesh = loading.parallel.make_mesh("data=4,fsdp=2")
     read = pipeline.load(tiny_folder, mesh=mesh)
     plan = loading.parallel.plan(read.params, mesh)
