@@ -5,9 +5,11 @@ Of several processes that share a run, process 0 writes: in the others the same 
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -21,6 +23,9 @@ from dmsec_jax.core.checks import fail, require
 
 MAX_JSON = 16 * 2**20
 """Largest JSON text read, in bytes; the header of Stable Diffusion XL's weights is a fiftieth of it."""
+LONGEST = 40
+LEFT = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9a-f]+)-[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL)
+"""Hidden names that a write under way has."""
 RIGHT_FILE = "check that it is the right file"
 
 
@@ -154,10 +159,7 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
             raise explained from error
         raise
     if old.exists():
-        for entry in old.iterdir():
-            if not (path / entry.name).exists():
-                os.rename(entry, path / entry.name)
-        shutil.rmtree(old, ignore_errors=True)
+        _join(old, path)
 
 
 def sha256(path: str | Path) -> str:
@@ -185,8 +187,41 @@ def _writes() -> bool:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A new hidden name in the same folder, cut so that it is no longer than a name may be."""
-    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.{kind}")
+    """A new hidden name in the same folder that tells whose it is, cut so that it is no longer than a name may be."""
+    _tidy(path.parent)
+    return path.with_name(f".{path.name[:LONGEST]}.{os.getpid():x}-{secrets.token_hex(4)}.{kind}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _tidy(folder: Path) -> None:
+    """Clears a folder of what killed processes left: parts are removed, and a folder that was about to be replaced is put back."""
+    with contextlib.suppress(OSError):
+        for left in sorted(folder.iterdir()):
+            if not (match := LEFT.fullmatch(left.name)) or _alive(int(match["process"], 16)):
+                continue
+            if match["kind"] == "part":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            elif len(match["name"]) < LONGEST:  # longer names were cut
+                target = folder / match["name"]
+                _join(left, target) if target.exists() else os.rename(left, target)
+
+
+def _join(old: Path, path: Path) -> None:
+    """Moves what `path` lacks from the folder that it replaced, which is removed."""
+    for entry in old.iterdir():
+        if not (path / entry.name).exists():
+            os.rename(entry, path / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _explained(error: BaseException, path: Path) -> OSError | None:

@@ -171,12 +171,12 @@ def fit(
         for done, info, state in chunks:
             _require_finite(info, done, saved if save else 0, cfg)
             history.append(info)
+            if on_chunk:  # before it is saved: what is killed in between reports again
+                on_chunk(done, info, state)
             if save and (done == cfg.num_steps or stopped() or (save_every and done % save_every == 0)):
                 save(done, state, so_far())
                 saved = done
-            if on_chunk:
-                on_chunk(done, info, state)
-        if save and saved < done:  # the signal came while reporting, or the report was enough
+        if save and saved < done:  # the signal came late, or the report was enough
             save(done, state, so_far())
     return Outcome(state, so_far() if done > start else past, start, done == cfg.num_steps or enough(done))
 

@@ -3,6 +3,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -208,3 +209,19 @@ def test_sha256_of_file_and_folder(tmp_path):
 def sha256_of(folder, content):
     (folder / "a").write_bytes(content)
     return sha256(folder / "a")
+
+
+def test_what_killed_writers_left_is_cleared_and_a_folder_half_replaced_comes_back(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone, own = f"{dead.pid:x}-00000000", f"{os.getpid():x}-00000000"
+    (tmp_path / f".model.{gone}.part").mkdir()
+    (tmp_path / f".a.json.{gone}.part").write_text("{")
+    (tmp_path / f".model.{gone}.old").mkdir()
+    (tmp_path / f".model.{gone}.old" / "README").write_text("mine")
+    (tmp_path / f".b.json.{own}.part").write_text("of a thread")
+    (tmp_path / ".notes.part").write_text("not ours")
+    write_json(tmp_path / "a.json", {})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted([f".b.json.{own}.part", ".notes.part", "a.json", "model"])
+    assert (tmp_path / "model" / "README").read_text() == "mine"

@@ -83,12 +83,12 @@ def test_resuming_in_the_middle_of_a_chunk_goes_on_to_its_end(flat, uninterrupte
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), rest.state, uninterrupted.state)
 
 
-def test_saves_when_asked_and_at_the_end_before_reporting(flat):
+def test_saves_when_asked_and_at_the_end_after_reporting(flat):
     disk = Disk()
     outcome = train(
         flat, save=disk.save, save_every=4, on_chunk=lambda step, info, state: disk.events.append(("chunk", step))
     )
-    numbers = [("save", 4), ("chunk", 4), ("save", 8), ("chunk", 8), ("save", 10), ("chunk", 10)]
+    numbers = [("chunk", 4), ("save", 4), ("chunk", 8), ("save", 8), ("chunk", 10), ("save", 10)]
     assert disk.events == numbers
     equal(disk.kept[0], outcome.state)
     assert outcome.past.info.loss.shape == (10,)
