@@ -16,9 +16,9 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export JAX_PLATFORMS ?= cpu
 
 FAST := not slow and not torch and not aot and not device
-REST := slow or torch or aot
+REST := (slow or torch or aot) and not long
 
-.PHONY: help demo test parity bench format lint ci ci-rest clean
+.PHONY: help demo test parity long bench format lint ci ci-rest clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -36,6 +36,9 @@ test: $(VENV)/test.stamp ## the fast tests
 
 parity: $(VENV)/torch.stamp ## compare with PyTorch diffusers and transformers
 	$(PYTEST) -m torch $(ARGS)
+
+long: $(VENV)/test.stamp ## more of what the slow tests try: dozens of kills at random moments
+	$(PYTEST) -m long $(ARGS)
 
 bench: $(VENV)/base.stamp ## one benchmark: BENCH=extraction ARGS=...
 	$(RUN)/python -m benchmarks.$(BENCH) $(ARGS)
