@@ -139,3 +139,23 @@ def test_two_text_encoders_are_not_trained(xl):
 
     with pytest.raises(ValueError, match="text_encoder must be false for a model with two text encoders"):
         tuning.tune(jax.random.key(0), xl, np.zeros((1, 16, 16, 3)), ["a"], tuning.DEFAULT, text_encoder=True)
+
+
+@pytest.mark.slow  # compiles two networks of the embedded model
+def test_pictures_tell_what_a_single_file_predicts(tmp_path, monkeypatch):
+    """The embedded model predicts velocity; as weights alone do not say so, its losses on its own pictures must."""
+    from dmsec_jax.data import images
+
+    model = pipeline.load()
+    file = tmp_path / "emoji.safetensors"
+    single_file.write_model(file, model.configs, jax.device_get(model.params), "float32")
+    monkeypatch.setattr(single_file, "preset_of", lambda *_: model.configs)
+    shown = images.read_folder(pipeline.EMBEDDED.parent / "openmoji-animals" / "member", 64).images
+    read = pipeline.load(file, tokenizer=model.tokenizer_folder, pictures=lambda side: shown)
+    assert read.schedule.prediction_type == read.configs.scheduler["prediction_type"] == "v_prediction"
+    found = loading._losses(
+        model.params, jnp.asarray(shown[:8]), pipeline.contexts(model, [""]), model.schedule, model.functions
+    )
+    print("share of noise and of velocity left unexplained:", *(f"{float(jnp.mean(part)):.3f}" for part in found))
+    with pytest.raises(ValueError, match="pass prediction_type="):
+        pipeline.load(file, tokenizer=model.tokenizer_folder)

@@ -33,7 +33,11 @@ def test_the_right_one_has_no_loss(kind):
     assert prediction.decide(losses(z0, kind)) == kind
 
 
-def test_a_network_that_predicts_neither_is_refused():
-    found = prediction.Losses(jnp.ones(3), jnp.full(3, 1.1))
-    with pytest.raises(ValueError, match="1 as noise and 1.1 as velocity"):
-        prediction.decide(found)
+@pytest.mark.parametrize(("noise", "speed", "message"), [
+    ([1.0, 1.1, 1.2], [1.1, 1.2, 1.3], "1.1 of the noise and 1.2 of the velocity left unexplained"),  # explains nothing
+    ([0.5, 0.7, 0.6], [0.7, 0.5, 0.7], "must be clear from its losses"),
+    ([0.1], [0.9], "at least 2"),
+])  # fmt: skip
+def test_what_is_not_clear_is_refused(noise, speed, message):
+    with pytest.raises(ValueError, match=message):
+        prediction.decide(prediction.Losses(jnp.array(noise), jnp.array(speed)))
