@@ -60,6 +60,7 @@ TEXT = """
   %all-reduce.1 = f32[1024]{0:T(1024)} all-reduce(%a), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
   %ag = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%b), replica_groups={{0,1,2,3}}, dimensions={0}
   %done = bf16[8,8]{1,0} all-gather-done(%ag)
+  %ag2 = f32[96,8]{0,1} all-gather(%d), channel_id=15, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={1}
   %cp = f32[16]{0} collective-permute(%c), source_target_pairs={{0,1},{1,0}}
   %not = f32[16]{0} fusion(%all-reduce.1), kind=kLoop
 """
@@ -69,12 +70,19 @@ def test_collectives_are_counted_with_the_bytes_of_a_ring():
     found = compiled.collectives(TEXT)
     assert {kind: part["count"] for kind, part in found.items()} == {
         "all-reduce": 1,
-        "all-gather": 1,
+        "all-gather": 2,
         "collective-permute": 1,
     }
     assert found["all-reduce"]["bytes"] == pytest.approx(2 * 3 / 4 * 4096)
-    assert found["all-gather"]["bytes"] == pytest.approx(3 / 4 * 128)
+    assert found["all-gather"]["bytes"] == pytest.approx(3 / 4 * (128 + 4 * 96 * 8))
     assert found["collective-permute"]["bytes"] == 64
+
+
+def test_groups_of_an_unknown_form_are_an_error_not_a_zero():
+    assert compiled.together("replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={1}") == 8
+    assert compiled.together("replica_groups=mesh['a'=1,'b'=4], device_ids=([2,2]T(1,0)) {'b'}, dimensions={1}") == 4
+    with pytest.raises(ValueError, match="replica_groups must be of a known form"):
+        compiled.together("replica_groups=something")
 
 
 @pytest.mark.parametrize(("message", "gib"), [

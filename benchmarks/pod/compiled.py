@@ -12,13 +12,16 @@ from jax.sharding import Mesh
 
 from benchmarks.pod.chips import GIB, Chip
 from benchmarks.pod.steps import Program
+from dmsec_jax.core.checks import require
 
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 """A tenth of the compile time; less is fused, so memory and bytes are upper bounds."""
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)")
 ARRAY = re.compile(r"\b(?:pred|[suf](\d+)|bf(16)|f8\w*)\[([\d,]*)\]")
-GROUP = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+GROUPS = re.compile(
+    r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<members>[\d,]+)\}|mesh\[(?P<mesh>[^\]]*)\][^{]*\{(?P<axes>[^}]*)\})"
+)
 TOO_LARGE = re.compile(r"(?:Used|required[^(]*\()\s*([\d.]+)([KMGT])")
 LOOP_BODY = re.compile(r"body=%?([\w.\-]+)")
 
@@ -91,16 +94,36 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     for line in text.splitlines():
         if match := COLLECTIVE.search(line):
             result, kind, rest = match.groups()
-            group = GROUP.search(rest)
-            n = 1 if group is None else int(group[1]) if group[1] else group[2].count(",") + 1
             size = sum(map(_bytes, ARRAY.finditer(result)))
-            if f"{kind}-start(" in line and kind == "all-gather":
-                size *= n / (n + 1)  # gives its operands, too
-            share = (n - 1) / n
-            factor = {"all-reduce": 2 * share, "reduce-scatter": share * n, "all-to-all": share}.get(kind, share)
             found[kind]["count"] += 1
-            found[kind]["bytes"] += size * (1.0 if kind == "collective-permute" else factor)
+            found[kind]["bytes"] += size * _factor(kind, rest, asynchronous=f"{kind}-start(" in line)
     return dict(found)
+
+
+def _factor(kind: str, rest: str, asynchronous: bool) -> float:
+    """What one device sends, over the size of what the instruction gives."""
+    if kind == "collective-permute":
+        return 1.0
+    n = together(rest)
+    if kind == "all-gather" and asynchronous:  # gives its operands, too
+        return (n - 1) / (n + 1)
+    return {"all-reduce": 2 / n, "reduce-scatter": 1.0}.get(kind, 1 / n) * (n - 1)
+
+
+def together(text: str) -> int:
+    """How many devices take part in a collective, by its groups: [groups, size], a list of members, or axes of a mesh.
+
+    Raises:
+        ValueError: if they are spelt in another way.
+    """
+    match = GROUPS.search(text)
+    require(match is not None, "replica_groups", "of a known form", text[:200], "teach `compiled.together` that form")
+    if match["size"]:
+        return int(match["size"])
+    if match["members"]:
+        return match["members"].count(",") + 1
+    sizes = dict(part.split("=") for part in match["mesh"].split(","))
+    return math.prod(int(sizes[axis]) for axis in match["axes"].split(","))
 
 
 def needed(message: str) -> float | None:

@@ -7,7 +7,8 @@ pytestmark = pytest.mark.aot
 
 @pytest.mark.parametrize("topology", ["v5e-4", "v5e-16"])
 def test_sampling_of_fifty_steps_is_one_program_without_exchange(judged, topology):
-    talk, _ = judged("sampling", topology, f"data={topology.removeprefix('v5e-')}", temporaries=8)
+    # 34 MiB when this was written; the logits of one long attention alone would be 16 more
+    talk, _ = judged("sampling", topology, f"data={topology.removeprefix('v5e-')}", temporaries=40)
     assert not talk
 
 
