@@ -40,7 +40,7 @@ parity: $(VENV)/torch.stamp ## compare with PyTorch diffusers and transformers
 long: $(VENV)/test.stamp ## more of what the slow tests try: dozens of kills at random moments
 	$(PYTEST) -m long $(ARGS)
 
-# Not in CI yet: the memory budgets of these tests have not been measured.
+# Not in CI yet: four minutes on busy cores.
 aot: $(VENV)/test.stamp ## compile small steps for TPU topologies and look at what they exchange
 	$(PIP) --editable '.[test,aot]'
 	$(PYTEST) -m aot $(ARGS)
