@@ -10,6 +10,7 @@ Parts
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -30,6 +31,7 @@ from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import sha256
 from dmsec_jax.metrics import graph as metrics
 from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.pretrain import skeleton as training
@@ -37,6 +39,7 @@ from dmsec_jax.report.result import Row, row_over
 
 Answers = dict[str, np.ndarray]
 """Method -> marks [V, V], and `true`; of the posterior, 3 on both ends of likely edges."""
+UNCONFOUNDED = dataclasses.replace(sem.SPOT, confounded=(0.0, 0.0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,57 +104,38 @@ def _calibration(cfg: Config, posterior: Posterior) -> list[Row]:
 
 def _generator(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
     """(case, number of the data set, answers)."""
-    for size, seed, i in itertools.product(cfg.sizes, range(cfg.seeds), range(cfg.graphs)):
-        number = seed * 1000 + i
-        key = jax.random.key(number)
-
-        def draw(key=key, size=size) -> Case:
-            drawn = rows.simulate(key, size, cfg.rows, sem.SPOT)
-            return Case(np.asarray(drawn.data, np.float64), np.asarray(drawn.marks))
-
-        ask = lambda case, size=size, key=key: {
-            **_posterior(posterior, case),
-            **_peers(case),
-            **_searches(cfg, key, posterior, case, ("off", "spot", "prob", "log-odds"), ("raw", "standardised")),
-        }
+    guides, scales = ("off", "spot", "prob", "log-odds"), ("raw", "standardised")
+    for size, number in _numbers(cfg):
+        ask = functools.partial(_all, cfg, posterior, number, guides=guides, scales=scales)
+        draw = functools.partial(_drawn, number, size, cfg.rows, sem.SPOT)
         yield {"variables": size}, number, _kept(cfg, f"generator-{size}-{number}", draw, ask)
 
 
 def _networks(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
     for name, number in itertools.product(networks.GAUSSIAN, range(cfg.hidden_sets * cfg.seeds)):
-        draw = lambda name=name, number=number: networks.linear_case(number, networks.gaussian(name), cfg.rows)
-        ask = _all(cfg, posterior, number)
+        draw = functools.partial(networks.linear_case, number, networks.gaussian(name), cfg.rows)
+        ask = functools.partial(_all, cfg, posterior, number)
         yield {"network": name}, number, _kept(cfg, f"networks-{name}-{number}", draw, ask)
 
 
 def _sachs(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
-    yield {"network": "sachs"}, 0, _kept(cfg, "sachs", networks.sachs, _all(cfg, posterior, 0))
+    yield {"network": "sachs"}, 0, _kept(cfg, "sachs", networks.sachs, functools.partial(_all, cfg, posterior, 0))
 
 
 def _structures(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
     choices = itertools.product(networks.STRUCTURES, ("linear", "mlp"), range(cfg.hidden_sets))
     for name, mechanism, number in choices:
-        draw = lambda name=name, mechanism=mechanism, number=number: networks.drawn_case(
-            number, networks.structure(name), cfg.rows, mechanism
-        )
-        ask = _all(cfg, posterior, number)
+        draw = functools.partial(networks.drawn_case, number, networks.structure(name), cfg.rows, mechanism)
+        ask = functools.partial(_all, cfg, posterior, number)
         case = {"network": name, "mechanism": mechanism}
         yield case, number, _kept(cfg, f"structures-{name}-{mechanism}-{number}", draw, ask)
 
 
 def _dag(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
-    prior = dataclasses.replace(sem.SPOT, confounded=(0.0, 0.0))
-    for size, seed, i in itertools.product(cfg.sizes, range(cfg.seeds), range(cfg.graphs)):
-        number = seed * 1000 + i
-        key = jax.random.key(number)
-
-        def draw(key=key, size=size) -> Case:
-            drawn = rows.simulate(key, size, cfg.rows, prior)
-            return Case(np.asarray(drawn.data, np.float64), np.asarray(drawn.marks))
-
-        ask = lambda case, key=key: _searches(
-            cfg, key, posterior, case, ("off", "log-odds"), ("raw", "standardised"), family="dag"
-        )
+    options = {"guides": ("off", "log-odds"), "scales": ("raw", "standardised"), "family": "dag"}
+    for size, number in _numbers(cfg):
+        ask = functools.partial(_searches, cfg, posterior, number, **options)
+        draw = functools.partial(_drawn, number, size, cfg.rows, UNCONFOUNDED)
         yield {"variables": size}, number, _kept(cfg, f"dag-{size}-{number}", draw, ask)
 
 
@@ -164,29 +148,29 @@ PARTS: dict[str, Callable[[Config, Posterior], Iterator[tuple[dict, int, Answers
 }
 
 
-def _all(cfg: Config, posterior: Posterior, number: int) -> Callable[[Case], Answers]:
-    """Posterior, other programs, and the search as users get it."""
-
-    def ask(case: Case) -> Answers:
-        own = _searches(cfg, jax.random.key(number), posterior, case, ("off", "log-odds"), ("standardised",))
-        return _posterior(posterior, case) | _peers(case) | own
-
-    return ask
+def _numbers(cfg: Config) -> Iterator[tuple[int, int]]:
+    """(variables, number) of every data set that is drawn; its number is its key."""
+    for size, seed, i in itertools.product(cfg.sizes, range(cfg.seeds), range(cfg.graphs)):
+        yield size, seed * 1000 + i
 
 
-def _posterior(posterior: Posterior, case: Case) -> Answers:
+def _drawn(number: int, size: int, num_rows: int, prior: sem.Prior) -> Case:
+    drawn = rows.simulate(jax.random.key(number), size, num_rows, prior)
+    return Case(np.asarray(drawn.data, np.float64), np.asarray(drawn.marks))
+
+
+def _all(cfg, posterior, number, case: Case, guides=("off", "log-odds"), scales=("standardised",)) -> Answers:
+    """The posterior, other programs, and the search; by default with the guide that users get, and without."""
     likely = methods.probabilities(posterior, case.data) > 0.5
-    return {"posterior": (3 * likely).astype(np.int8)}
+    answers = {"posterior": (3 * likely).astype(np.int8)}
+    answers |= {name: peer(case.data).pag for name, peer in peers.PEERS.items()}
+    return answers | _searches(cfg, posterior, number, case, guides, scales)
 
 
-def _peers(case: Case) -> Answers:
-    return {name: peer(case.data).pag for name, peer in peers.PEERS.items()}
-
-
-def _searches(cfg, key, posterior, case: Case, guides, scales, family: discovery.Family = "ancestral") -> Answers:
+def _searches(cfg, posterior, number, case: Case, guides, scales, family: discovery.Family = "ancestral") -> Answers:
     if case.data.shape[1] > cfg.search_at_most:
         return {}
-    probability = methods.probabilities(posterior, case.data)
+    key, probability = jax.random.key(number), methods.probabilities(posterior, case.data)
     return {
         f"search-{guide}-{scale}": methods.search(key, probability, case.data, guide, scale, family, cfg.restarts)
         for guide, scale in itertools.product(guides, scales)
@@ -198,7 +182,7 @@ def _kept(cfg: Config, name: str, draw: Callable[[], Case], ask: Callable[[Case]
         case = draw()
         return ask(case) | {"true": case.mag}
 
-    settings = json.dumps([cfg.rows, cfg.restarts, cfg.search_at_most, cfg.posterior.name])
+    settings = json.dumps([cfg.rows, cfg.restarts, cfg.search_at_most, sha256(cfg.posterior)])
     return harness.kept(cfg.work / f"{name}.npz", settings, compute)
 
 
@@ -236,8 +220,8 @@ def _others(method: str) -> tuple[str, ...]:
 def _scores(found: Answers) -> Iterator[tuple[str, str, float]]:
     """(method, metric, value): of graphs, as partial ancestral graphs; of the posterior, the skeleton."""
     true = found["true"]
-    proper = bool(((true != 0) == (true.T != 0)).all()) and _acyclic(true)
-    true_pag = pag.of_mag(true) if proper else None
+    acyclic = bool(graphs.is_acyclic(graphs.to_edges(true)[0]))  # the consensus of Sachs et al. is not
+    true_pag = pag.of_mag(true) if acyclic else None
     for method, marks in found.items():
         if method == "true":
             continue
@@ -248,11 +232,6 @@ def _scores(found: Answers) -> Iterator[tuple[str, str, float]]:
         yield method, "endpoint F1", metrics.endpoint_scores(partial, true_pag).f1
         yield method, "arrowhead F1", metrics.arrowhead_scores(partial, true_pag).f1
         yield method, "distance", float(metrics.distance(partial, true_pag))
-
-
-def _acyclic(marks) -> bool:
-    """The consensus network of Sachs et al. has a cycle, so it has no partial ancestral graph."""
-    return bool(graphs.is_acyclic(graphs.to_edges(marks)[0]))
 
 
 def _print(found: list[Row]) -> None:

@@ -60,9 +60,8 @@ def functions(
     def text_fn(params, ids):
         return clip.apply(text_cfg, params, ids).last_hidden
 
-    def two_texts_fn(
-        params, prompt
-    ):  # Podell et al. 2023, section 2.1: the last but one states of both, and the second's pooled one
+    def two_texts_fn(params, prompt):
+        # Podell et al. 2023, section 2.1: the last but one states of both, and the second's pooled one
         first = clip.apply(text_cfg, params[0], prompt.ids)
         second = clip.apply_projected(text_2_cfg, params[1], prompt.ids_2)
         spoken = 1.0 - jnp.asarray(prompt.silent, jnp.float32)[:, None]

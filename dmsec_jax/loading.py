@@ -63,7 +63,7 @@ def load(
         mesh: where parameters lie, by `parallel.plan`; None: as `parallel.placed`.
 
     Raises:
-        FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model` and `checkpoints.single_file.read_model`; on a tokenizer that does
+        FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model` and `checkpoints.single_file.model_of`; on a tokenizer that does
             not fit the text encoder, another dtype, or a model that predicts neither noise nor velocity.
     """
     require(dtype in ("float32", "bfloat16"), "dtype", "float32 or bfloat16", repr(dtype), "choose one of them")

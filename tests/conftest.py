@@ -87,6 +87,19 @@ def tiny_pipeline(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of four pictures of noise, as large as those of the TINY preset."""
+    import numpy as np
+
+    from dmsec_jax.data.images import save_png
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(4):
+        save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_xl_folder(tmp_path_factory):
     """A diffusers folder of the TINY_XL preset with random weights and tokenizers that differ in their padding, as those of Stable Diffusion XL."""
     import numpy as np

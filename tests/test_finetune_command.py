@@ -15,15 +15,6 @@ from dmsec_jax.data.images import save_png
 QUICK = ["chunk_steps=2", "save_every=2", "patterns=[conv_out]"]  # training one layer compiles fast
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
-    return folder
-
-
 @pytest.fixture
 def tune(tiny_folder, pictures):
     """Runs the command with further options; returns its exit status."""

@@ -9,8 +9,6 @@ import pytest
 from killing import run
 from safetensors.numpy import load_file
 
-from dmsec_jax.data.images import save_png
-
 pytestmark = pytest.mark.slow  # dozens of processes
 
 FINETUNE = ["--sample-every", "4", "--set", "tune.num_steps=8", "chunk_steps=2", "save_every=2", "patterns=[conv_out]"]
@@ -24,15 +22,6 @@ PRETRAIN += ["train.rows=[50,100]", "net.width=8", "net.depth=1", "train.pairs=2
 KILLS = {"finetune": 9, "extract": 6, "authenticate": 6, "protect": 6, "pretrain": 5}
 FEW = 2
 """Kills of each verb in every run of CI; all of `KILLS` by `make long`."""
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +67,14 @@ def left(folder):
     return found
 
 
+def assert_finishes(command, folder, expected):
+    """Runs the command to its end, which leaves what a run that was left alone does; gives what it wrote."""
+    status, _, log = run(command, folder)
+    assert status == 0, log
+    assert left(folder) == left(expected)
+    return log
+
+
 @pytest.fixture(scope="module")
 def whole(line, tmp_path_factory):
     """verb -> (folder of a run that was left alone, its file operations)."""
@@ -115,9 +112,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(verb, planned, 
             assert left(folder) == left(expected)
             shutil.rmtree(folder)
             folder.mkdir()
-    status, _, log = run(line(verb, folder), folder)
-    assert status == 0, log
-    assert left(folder) == left(expected)
+    assert_finishes(line(verb, folder), folder, expected)
 
 
 def test_a_killed_training_goes_on_with_other_devices(line, whole, tmp_path):
@@ -143,9 +138,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(line, whole, tmp_
     assert status == 1
     assert "dmsec: cannot write" in log
     assert "Traceback" not in log
-    status, _, log = run(line("finetune", folder), folder)
-    assert status == 0, log
-    assert left(folder) == left(expected)
+    assert_finishes(line("finetune", folder), folder, expected)
 
 
 def test_a_truncated_checkpoint_costs_only_the_steps_since_the_one_before(line, whole, tmp_path):
@@ -159,7 +152,5 @@ def test_a_truncated_checkpoint_costs_only_the_steps_since_the_one_before(line, 
     files = [path for path in (folder / "checkpoints" / str(saved[-1]) / "tree").rglob("*") if path.is_file()]
     longest = max(files, key=lambda path: path.stat().st_size)
     longest.write_bytes(longest.read_bytes()[: longest.stat().st_size // 2])
-    status, _, log = run(line("finetune", folder), folder)
-    assert status == 0, log
+    log = assert_finishes(line("finetune", folder), folder, expected)
     assert f"checkpoint {saved[-1]} of" in log.replace("\n", " ")
-    assert left(folder) == left(expected)

@@ -15,20 +15,10 @@ from safetensors.numpy import load_file
 
 from dmsec_jax import cli, launch, parallel
 from dmsec_jax.core import files, spread
-from dmsec_jax.data.images import save_png
 
 SAMPLING = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "3"]
 SAMPLING += ["--settings.methods", "finextract", "plain"]
 TUNING = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2", "patterns=[conv_out]", "tune.adam_epsilon=1e-3"]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        save_png(folder / f"{i}.png", rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,13 @@ def products(jaxpr):
     return total
 
 
-def test_counts_by_hand_are_those_of_the_traced_networks():
-    preset = presets.TINY
+@pytest.mark.parametrize("preset", [presets.TINY, presets.TINY_XL], ids=["sd", "xl"])
+def test_counts_by_hand_are_those_of_the_traced_networks(preset):
     side, tokens = preset.unet.sample_size, 7
     params = jax.eval_shape(partial(unet.init, cfg=preset.unet), jax.random.key(0))
     shape = lambda *lengths: jax.ShapeDtypeStruct(lengths, jnp.float32)
-    inputs = shape(1, side, side, preset.unet.in_channels), shape(1), shape(1, tokens, preset.unet.cross_attention_dim)
+    inputs = shape(1, side, side, preset.unet.in_channels), shape(1)
+    inputs += (shape(1, tokens + preset.unet.extra_rows, preset.unet.cross_attention_dim),)
     traced = jax.make_jaxpr(partial(unet.apply, preset.unet))(params, *inputs)
     assert counts.unet_forward(preset.unet, side, tokens).total == products(traced.jaxpr)
 

@@ -103,6 +103,8 @@ def unet_forward(cfg: unet.UNetConfig, side: int, tokens: int) -> Count:
     )
     levels = len(widths)
     total = dense(1, widths[0], time) + dense(1, time, time) + conv(side, cfg.in_channels, widths[0])
+    if cfg.addition_embed_type is not None:
+        total += dense(1, cfg.projection_class_embeddings_input_dim, time) + dense(1, time, time)
     skips, now = [widths[0]], widths[0]
     for level, kind in enumerate(cfg.down_block_types):
         for _ in range(cfg.layers_per_block):

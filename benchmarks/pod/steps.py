@@ -22,22 +22,7 @@ from dmsec_jax.methods import advdm, bayes_dm, cgi_dm, finextract
 from dmsec_jax.models import presets, unet, vae
 
 TOKENS = 77
-SDXL = dataclasses.replace(
-    presets.SD21_BASE,
-    unet=unet.UNetConfig(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        transformer_layers_per_block=(1, 2, 10),
-        cross_attention_dim=2048,
-        attention_head_dim=(5, 10, 20),
-        use_linear_projection=True,
-    ),
-    vae=vae.VAEConfig(sample_size=1024),
-)
-"""Networks of the size of Stable Diffusion XL: its UNet without the embedding of pooled text and sizes, a thousandth of the work."""
-MODELS = {"SD 1.5": presets.SD15, "SDXL": SDXL}
+MODELS = {"SD 1.5": presets.SD15, "SDXL": presets.SDXL}
 
 
 class Setting(NamedTuple):
@@ -105,8 +90,13 @@ def row_index(setting: Setting, mesh: Mesh) -> Any:
     return jax.ShapeDtypeStruct((setting.rows,), jnp.int32, sharding=parallel.rows(mesh))
 
 
+def prompts(preset: presets.Preset, count: int) -> tuple[int, int, int]:
+    """Shape of contexts, with what Stable Diffusion XL carries below the tokens."""
+    return count, TOKENS + preset.unet.extra_rows, preset.unet.cross_attention_dim
+
+
 def context(preset: presets.Preset, mesh: Mesh) -> Any:
-    shape = (1, TOKENS, preset.unet.cross_attention_dim)
+    shape = prompts(preset, 1)
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=parallel.replicated(mesh))
 
 
@@ -115,7 +105,7 @@ def forward(setting: Setting, mesh: Mesh) -> Program:
     preset = setting.preset("none")
     z, side = latents(setting, preset, mesh)
     params = shapes(network(preset), parallel.replicated(mesh), setting.weights)
-    prompt = jax.ShapeDtypeStruct((setting.rows, *context(preset, mesh).shape[1:]), jnp.float32, sharding=z.sharding)
+    prompt = jax.ShapeDtypeStruct(prompts(preset, setting.rows), jnp.float32, sharding=z.sharding)
     work = counts.unet_forward(preset.unet, side, TOKENS).forward()
     args = (params, z, row_index(setting, mesh), prompt)
     return Program(partial(unet.apply, preset.unet), args, (), None, 1, work, ALONE)
@@ -123,7 +113,7 @@ def forward(setting: Setting, mesh: Mesh) -> Program:
 
 def pair(preset: presets.Preset, setting: Setting, mesh: Mesh) -> tuple[Callable, Any]:
     """Two networks in turn, as `pipeline.pair` makes them at this size."""
-    functions = pipeline.functions(preset.unet, preset.vae, preset.text)
+    functions = pipeline.functions(preset.unet, preset.vae, preset.text, preset.text_2)
     params = shapes(network(preset), parallel.replicated(mesh), setting.weights)
     prompt = context(preset, mesh)
     return pipeline.in_turn(functions.predict_fn), {"unet": (params, params), "context": (prompt, prompt)}
@@ -147,7 +137,7 @@ def sampler(setting: Setting, mesh: Mesh) -> Program:
 def protecting(setting: Setting, mesh: Mesh) -> Program:
     """A step of AdvDM: from the loss through UNet and encoder to the pixels."""
     preset = setting.preset("block")
-    functions = pipeline.functions(preset.unet, preset.vae, preset.text)
+    functions = pipeline.functions(preset.unet, preset.vae, preset.text, preset.text_2)
     whole, rows = parallel.replicated(mesh), parallel.rows(mesh)
     coder = jax.eval_shape(partial(vae.init, cfg=preset.vae), jax.random.key(0))
     params = {
@@ -203,14 +193,14 @@ def training(setting: Setting, mesh: Mesh, kind: str) -> Program:
     """An optimiser step: of all weights ("full"), of LoRA's factors, or of a posterior over norms beside all weights ("bayes")."""
     preset = setting.preset("block")
     z, side = latents(setting, preset, mesh)
-    functions = pipeline.functions(preset.unet, preset.vae, preset.text)
+    functions = pipeline.functions(preset.unet, preset.vae, preset.text, preset.text_2)
     adapter = lora(4) if kind == "lora" else full()
     method = bayes_dm if kind == "bayes" else dreambooth
     cfg = method.Config(batch_size=setting.rows, learning_rate=1e-6)
     whole, base = parallel.replicated(mesh), network(preset)
     state = jax.eval_shape(partial(method.init, cfg=cfg, adapter=adapter), jax.random.key(0), base)
     places = parallel.plan(state, mesh)
-    prompt = jax.ShapeDtypeStruct((setting.rows, TOKENS, preset.unet.cross_attention_dim), jnp.float32, sharding=whole)
+    prompt = jax.ShapeDtypeStruct(prompts(preset, setting.rows), jnp.float32, sharding=whole)
     latent = jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=whole)
     data = Data(Examples(latent, prompt, latent))
     run = lambda key, state, data, params: method.step(

@@ -46,30 +46,6 @@ class Part(NamedTuple):
     target: Params
 
 
-def read_model(
-    path: str | Path,
-    tokenizer: str | Path | None,
-    prediction_type: str | None,
-    weights: Weights = "model",
-    placer: Placer = on_host,
-    partial: Partial | None = None,
-) -> Model:
-    """Reads a whole model; its configs are those of SD 1.5, 2.1 or XL, whichever the shapes fit.
-
-    Args:
-        path: the file.
-        tokenizer: folder with the tokenizer's files, for example of a diffusers folder; all families have one vocabulary.
-        prediction_type: "epsilon" or "v_prediction"; None: as `prediction_of` finds.
-        weights: "model_ema" takes the running average of the UNet, in files that have one.
-        placer, partial: as in `diffusers.read_model`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the tokenizer or the prediction type is neither given nor known, on a model of another family, or as `read_params`.
-    """
-    return model_of(read(path), Path(path), tokenizer, prediction_type, weights, placer, partial)
-
-
 def model_of(
     state: Mapping[str, np.ndarray],
     path: Path,
@@ -79,7 +55,19 @@ def model_of(
     placer: Placer = on_host,
     partial: Partial | None = None,
 ) -> Model:
-    """The model that the tensors of a file are; arguments and errors as of `read_model`."""
+    """The model that the tensors of a file are; its configs are those of SD 1.5, 2.1 or XL, whichever the shapes fit.
+
+    Args:
+        state: as `read` gives it.
+        path: of the file.
+        tokenizer: folder with the tokenizer's files, for example of a diffusers folder; all families have one vocabulary.
+        prediction_type: "epsilon" or "v_prediction"; None: as `prediction_of` finds.
+        weights: "model_ema" takes the running average of the UNet, in files that have one.
+        placer, partial: as in `diffusers.read_model`.
+
+    Raises:
+        ValueError: if the tokenizer or the prediction type is neither given nor known, on a model of another family, or as `read_params`.
+    """
     given = prediction_type or prediction_of(path, state)
     require_known(path, given, tokenizer)
     preset = preset_of(state, str(path), given)
@@ -140,9 +128,8 @@ def preset_of(state: Mapping[str, np.ndarray], name: str, prediction_type: str) 
     scheduler |= {"rescale_betas_zero_snr": True} if "ztsnr" in state else {}
     first = state.get(f"{ldm.UNET}input_blocks.0.0.weight", np.empty(0))
     inputs = first.shape[1] if first.ndim == 4 else preset.unet.in_channels
-    unet = dataclasses.replace(
-        preset.unet, in_channels=inputs
-    )  # more of them for inpainting and for editing by instruction
+    # more of them for inpainting and for editing by instruction
+    unet = dataclasses.replace(preset.unet, in_channels=inputs)
     return dataclasses.replace(preset, unet=unet, scheduler=scheduler)
 
 
@@ -154,7 +141,7 @@ def params_of(
     placer: Placer = on_host,
     partial: Partial | None = None,
 ) -> dict[str, Params]:
-    """The parameters that the tensors of a file are; arguments and errors as of `read_model`."""
+    """The parameters that the tensors of a file are; arguments and errors as of `model_of`."""
     views, problems = compare(state, preset, weights)
     parts = _parts(preset, weights, open_clip=_open_clip(state))
     if problems and partial is not None:

@@ -9,10 +9,12 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +26,10 @@ from dmsec_jax.core.checks import fail, require
 MAX_JSON = 16 * 2**20
 """Largest JSON text read, in bytes; the header of Stable Diffusion XL's weights is a fiftieth of it."""
 LONGEST = 40
-LEFT = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9a-f]+)-[0-9a-f]{8}\.(?P<kind>part|old)", re.DOTALL)
-"""Hidden names that a write under way has."""
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+"""This machine, in names: of another one's processes nobody here knows whether they live."""
+LEFT = re.compile(rf"\.(?P<name>.+)\.{HOST}-(?P<process>[0-9a-f]+)-[0-9a-f]{{8}}\.(?P<kind>part|old)", re.DOTALL)
+"""Hidden names that a write under way on this machine has."""
 RIGHT_FILE = "check that it is the right file"
 
 
@@ -189,12 +193,12 @@ def _writes() -> bool:
 def _beside(path: Path, kind: str) -> Path:
     """A new hidden name in the same folder that tells whose it is, cut so that it is no longer than a name may be."""
     _tidy(path.parent)
-    return path.with_name(f".{path.name[:LONGEST]}.{os.getpid():x}-{secrets.token_hex(4)}.{kind}")
+    return path.with_name(f".{path.name[:LONGEST]}.{HOST}-{os.getpid():x}-{secrets.token_hex(4)}.{kind}")
 
 
 @functools.lru_cache(maxsize=1024)
 def _tidy(folder: Path) -> None:
-    """Clears a folder of what killed processes left: parts are removed, and a folder that was about to be replaced is put back."""
+    """Clears a folder of what killed processes of this machine left: parts are removed, and a folder that was about to be replaced is put back."""
     with contextlib.suppress(OSError):
         for left in sorted(folder.iterdir()):
             if not (match := LEFT.fullmatch(left.name)) or _alive(int(match["process"], 16)):

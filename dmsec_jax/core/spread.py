@@ -89,7 +89,7 @@ def specs(tree: Any, size: int) -> Any:
     return jax.tree.map(spec, tree)
 
 
-_whole = jax.jit(lambda tree: whole(tree))
+_whole = jax.jit(whole)
 
 
 def gathered(tree: Any) -> Any:

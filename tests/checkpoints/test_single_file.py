@@ -201,7 +201,7 @@ def test_velocity_with_the_first_family_keeps_its_networks():
 def test_what_weights_do_not_tell_is_asked_for(tmp_path):
     path, _ = written(tmp_path, "clip")
     with pytest.raises(ValueError, match="pass prediction_type='epsilon' or 'v_prediction', as its author says"):
-        single_file.read_model(path, tmp_path, None)
+        single_file.model_of(single_file.read(path), path, tmp_path, None)
     config = path.with_suffix(".yaml")
     for text, found in (
         ("model: {params: {parameterization: x}}", "parameterization of .* must be eps or v"),
@@ -212,7 +212,7 @@ def test_what_weights_do_not_tell_is_asked_for(tmp_path):
     ):
         config.write_text(text)
         with pytest.raises(ValueError, match=found):
-            single_file.read_model(path, None, None)
+            single_file.model_of(single_file.read(path), path, None, None)
 
 
 def test_a_tokenizer_completes_the_model(tmp_path, monkeypatch):
@@ -220,10 +220,10 @@ def test_a_tokenizer_completes_the_model(tmp_path, monkeypatch):
     for name, text in {"vocab.json": "{}", "merges.txt": ""}.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="of width 768, 1024, 2048, got 8"):
-        single_file.read_model(path, tmp_path, "epsilon")
+        single_file.model_of(single_file.read(path), path, tmp_path, "epsilon")
     monkeypatch.setattr(single_file.presets, "SD15", presets.TINY)
     monkeypatch.setattr(single_file, "preset_of", lambda state, name, kind: presets.TINY)
-    model = single_file.read_model(path, tmp_path, "epsilon")
+    model = single_file.model_of(single_file.read(path), path, tmp_path, "epsilon")
     assert_equal(model.params, MODELS["clip"])
     assert model.tokenizer == tmp_path
 

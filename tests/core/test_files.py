@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dmsec_jax.core.files import (
+    HOST,
     MAX_JSON,
     atomic_file,
     atomic_folder,
@@ -214,14 +215,16 @@ def sha256_of(folder, content):
 def test_what_killed_writers_left_is_cleared_and_a_folder_half_replaced_comes_back(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    gone, own = f"{dead.pid:x}-00000000", f"{os.getpid():x}-00000000"
+    gone, own = f"{HOST}-{dead.pid:x}-00000000", f"{HOST}-{os.getpid():x}-00000000"
+    elsewhere = f".c.json.{int(HOST, 16) ^ 1:08x}-{dead.pid:x}-00000000.part"
     (tmp_path / f".model.{gone}.part").mkdir()
     (tmp_path / f".a.json.{gone}.part").write_text("{")
     (tmp_path / f".model.{gone}.old").mkdir()
     (tmp_path / f".model.{gone}.old" / "README").write_text("mine")
     (tmp_path / f".b.json.{own}.part").write_text("of a thread")
     (tmp_path / ".notes.part").write_text("not ours")
+    (tmp_path / elsewhere).write_text("of another machine, perhaps alive")
     write_json(tmp_path / "a.json", {})
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted([f".b.json.{own}.part", ".notes.part", "a.json", "model"])
+    assert names == sorted([f".b.json.{own}.part", ".notes.part", elsewhere, "a.json", "model"])
     assert (tmp_path / "model" / "README").read_text() == "mine"
