@@ -148,6 +148,9 @@ def from_own_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+to_host = spread.to_host
+
+
 def plan(tree: Any, mesh: Mesh) -> Any:
     """Where each weight of a parameter tree, or of a training state, lies (`core.spread.specs`)."""
     put = lambda spec: NamedSharding(mesh, spec)
