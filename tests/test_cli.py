@@ -154,6 +154,7 @@ def test_a_sweep_reports_every_guidance(tiny_folder, pictures, tmp_path):
     np.testing.assert_allclose(scores(alone, "finextract"), scores(found, "finextract-w2-km0p02"), atol=1e-4)
 
 
+@pytest.mark.slow  # compiles two samplers
 def test_samplers_and_clusterings_are_chosen(tiny_folder, pictures, tmp_path):
     options = ["--settings.methods", "plain", "--settings.clustering"]
     drawn = [*options, "agglomerative", "--number", "0"]

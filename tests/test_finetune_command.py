@@ -39,6 +39,7 @@ def whole(tune, tmp_path):
     return tmp_path / "whole"
 
 
+@pytest.mark.slow  # compiles training and sampling
 def test_interrupted_resumed_and_repeated_runs_give_the_same_account(tune, whole, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     look = monitoring.look
@@ -111,6 +112,7 @@ def test_a_longer_run_goes_on_and_a_damaged_sheet_is_left_out(tune, whole):
     assert [name[-10:-4] for name in account(whole)["pictures"]] == ["000002", "000006", "000008"]
 
 
+@pytest.mark.slow  # compiles training and sampling
 def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
     before = account(whole)
 
