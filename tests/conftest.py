@@ -1,6 +1,7 @@
 """Settings of every test run: eight virtual CPU devices, of which most tests use one; a persistent compilation cache; checked annotations."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -26,6 +27,8 @@ hypothesis.settings.register_profile("local", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+MAPS, MANY_MAPS = Path("/proc/self/maps"), 15_000
+
 NEEDS = {  # marker: (modules, how to get them)
     "torch": (("torch", "diffusers", "transformers"), "the torch extra, run `make parity`"),
     "aot": (("libtpu",), "the aot extra, run `pip install -e .[aot]`"),
@@ -45,6 +48,16 @@ def pytest_runtest_setup(item):
             pytest.skip(f"{', '.join(missing)} not installed; needs {cure}")
     if item.get_closest_marker("device") and jax.default_backend() == "cpu":
         pytest.skip("no GPU or TPU in use; set JAX_PLATFORMS to one")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_programs():
+    """Forgets compiled programs after a file once there are many: each maps memory, and a Linux process that has used up its maps (65,530 by
+    default) crashes while it compiles."""
+    yield
+    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
