@@ -42,7 +42,8 @@ def run(cfg: Config) -> int:
 
 def page(path: str, account: Account, digest: str, problems: list[tuple[str, str]]) -> str:
     """The page as text, safe for a terminal whatever the file holds."""
-    facts = {"is": f"{account.kind}, {account.family}", **account.facts, "sha256": digest}
+    known = "" if account.family == "unknown" else f", {account.family}"
+    facts = {"is": f"{account.kind}{known}", **account.facts, "sha256": digest}
     width = max(map(len, facts))
     lines = [_line(path), *(f"  {name:{width}}  {_line(value)}" for name, value in facts.items())]
     if account.parts:
