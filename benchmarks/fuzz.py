@@ -176,7 +176,9 @@ def main(cfg: Config) -> int:
     seconds = {name: cfg.minutes * 60 / len(names) for name in names}
     outcomes: dict[str, Outcome] = {}
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["benchmarks.readers"])  # imported once; nothing of it has run when a process starts
+    processes.set_forkserver_preload(
+        ["benchmarks.readers"]
+    )  # imported once; nothing of it has run when a process starts
     for name in names:
         with ProcessPoolExecutor(1, mp_context=processes) as pool:
             try:

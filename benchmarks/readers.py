@@ -155,8 +155,7 @@ def readers() -> dict[str, Reader]:
         "added_tokens.json": {"!": 0},
     }.items():
         found[name] = Reader(name, (json.dumps(content).encode(),), 0, Tokenizer.load, files)
-    if whole is not None:
-        found["tokenizer.json"] = Reader("tokenizer.json", (whole,), 0, Tokenizer.load)
+    found["tokenizer.json"] = Reader("tokenizer.json", (whole,), 0, Tokenizer.load)
     for name, component in diffusers.XL.items():
         fmt = component.format
         known = [getattr(preset, component.field) for preset in (presets.TINY, presets.SD21, presets.TINY_XL)]
@@ -194,16 +193,16 @@ def _whole(targets) -> bytes:
         return path.read_bytes()
 
 
-def _tokenizer() -> tuple[bytes, bytes, bytes | None]:
+def _tokenizer() -> tuple[bytes, bytes, bytes]:
+    """`vocab.json`, `merges.txt`, and both in the one file that transformers writes today."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Tokenizer.train(["a red dog", "a blue cat"], vocab_size=530, max_length=16).save(folder)
-        whole = folder / "tokenizer.json"
-        return (
-            (folder / "vocab.json").read_bytes(),
-            (folder / "merges.txt").read_bytes(),
-            whole.read_bytes() if whole.is_file() else None,
-        )
+        vocabulary, merges = ((folder / file).read_bytes() for file in ("vocab.json", "merges.txt"))
+    pairs = [line.split(" ") for line in merges.decode().split("\n")[1:] if line]
+    model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": json.loads(vocabulary), "merges": pairs}
+    whole = {"added_tokens": [{"id": 0, "content": "!"}], "model": model}
+    return vocabulary, merges, json.dumps(whole).encode()
 
 
 def _tensor() -> bytes:
