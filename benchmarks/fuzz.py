@@ -1,8 +1,9 @@
 """Damaged and hostile files for every reader: `python -m benchmarks.fuzz --minutes 10`.
 
-Each reader gets the same share of the time, in a process of its own. A file that is refused in words not seen before joins the files from which
-further ones are made, so the search goes where the readers go. Counted as a crash: anything but a `ValueError` in this project's form or a missing
-file, and a process that dies. What crashed or hung is kept in `--out`.
+Each reader gets the same share of the time, in a process of its own. A file that is refused in words not seen before, or that reaches lines of
+this package that none reached before (looked at for one file in `TRACED`), joins the files from which further ones are made: the search goes where
+the readers go. Counted as a crash: anything but a `ValueError` in this project's form or a missing file, and a process that dies; as a hang: five
+seconds of the processor's time, or a minute. What crashed or hung is kept in `--out`.
 """
 
 import contextlib
@@ -24,13 +25,18 @@ from typing import NamedTuple
 
 import tyro
 
+import dmsec_jax
 from benchmarks import harness
 from benchmarks.mutation import mutate
 from benchmarks.readers import Reader, readers
 from dmsec_jax.report.result import Row
 
 HANG = 5.0
-"""Seconds after which a reader hangs."""
+"""Seconds of the processor's time after which a reader hangs."""
+BLOCKED = 60.0
+"""Seconds after which it does, whatever the processor did."""
+TRACED = 8
+PACKAGE = str(Path(dmsec_jax.__file__).parent)
 CORPUS = 400
 
 
@@ -53,6 +59,8 @@ class Outcome(NamedTuple):
     hangs: int
     kinds: int
     """Different refusals seen."""
+    lines: int
+    """Lines of the package that were reached."""
     peak_mib: float
     """By how much the process grew."""
 
@@ -68,28 +76,52 @@ def alarm():
     def ring(*_):
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = {sign: signal.signal(sign, ring) for sign in (signal.SIGALRM, signal.SIGPROF)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+@contextlib.contextmanager
+def tracing(reached: set[tuple[str, int]]):
+    """Inside, lines of the package that run are added: (file, line)."""
+
+    def line(frame, event, _):
+        if event == "line":
+            reached.add((frame.f_code.co_filename, frame.f_lineno))
+        return line
+
+    def call(frame, *_):
+        return line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def attack(name: str, seconds: float, seed: int, out: Path) -> Outcome:
     """Throws files at one reader for so long."""
     reader, rng = readers()[name], random.Random(f"{seed} {name}")
-    corpus, seen = list(reader.seeds), set()
+    corpus, seen, reached = list(reader.seeds), set(), set()
     counts = {"inputs": 0, "crashes": 0, "hangs": 0}
     with alarm(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for beside, content in reader.beside.items():
             (folder / beside).write_bytes(content)
         for content in reader.seeds:  # warms up, and an honest file must be read
-            assert attempt(reader, folder, content) == "read", f"{name} refuses an honest file"
+            with tracing(reached):
+                assert attempt(reader, folder, content) == "read", f"{name} refuses an honest file"
         before, end = _peak(), time.monotonic() + seconds
         while time.monotonic() < end:
             content = mutate(rng, rng.choice(corpus), rng.choice(corpus), reader.header)
-            verdict = attempt(reader, folder, content)
+            known = len(reached)
+            with tracing(reached) if counts["inputs"] % TRACED == 0 else contextlib.nullcontext():
+                verdict = attempt(reader, folder, content)
             counts["inputs"] += 1
             if verdict in ("crash", "hang"):
                 counts["crashes" if verdict == "crash" else "hangs"] += 1
@@ -98,24 +130,26 @@ def attack(name: str, seconds: float, seed: int, out: Path) -> Outcome:
                     " ", "-"
                 )
                 (out / kept).write_bytes(content)
-            elif verdict not in seen:
+            elif verdict not in seen or len(reached) > known:
                 seen.add(verdict)
                 if len(corpus) < CORPUS and len(content) < 2**20:
                     corpus.append(content)
-    return Outcome(**counts, kinds=len(seen), peak_mib=_peak() - before)
+    return Outcome(**counts, kinds=len(seen), lines=len(reached), peak_mib=_peak() - before)
 
 
 def attempt(reader: Reader, folder: Path, content: bytes) -> str:
     """What becomes of one file, inside `alarm`: "read", "crash", "hang", or the words of the refusal without its numbers and quotations."""
     path = folder / reader.name
     path.unlink(missing_ok=True)  # an earlier file may still be mapped
-    path.write_bytes(content)
-    began = time.monotonic()
+    path.write_bytes(reader.wrap(content))
+    began = time.process_time()
     try:
-        signal.setitimer(signal.ITIMER_REAL, HANG)
+        signal.setitimer(signal.ITIMER_PROF, HANG)
+        signal.setitimer(signal.ITIMER_REAL, BLOCKED)
         try:
             reader.read(folder)
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
     except Hang:
         return "hang"
@@ -129,7 +163,7 @@ def attempt(reader: Reader, folder: Path, content: bytes) -> str:
     except Exception:  # whatever else a reader raises is what is looked for
         traceback.print_exc(limit=-4)
         return "crash"
-    return "hang" if time.monotonic() - began > HANG else "read"
+    return "hang" if time.process_time() - began > HANG else "read"
 
 
 def _peak() -> float:
@@ -141,12 +175,16 @@ def main(cfg: Config) -> int:
     names = list(cfg.readers or readers())
     seconds = {name: cfg.minutes * 60 / len(names) for name in names}
     outcomes: dict[str, Outcome] = {}
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(
+        ["benchmarks.readers"]
+    )  # imported once; nothing of it has run when a process starts
     for name in names:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=processes) as pool:
             try:
                 outcomes[name] = pool.submit(attack, name, seconds[name], cfg.seed, cfg.out).result()
             except BrokenProcessPool:
-                outcomes[name] = Outcome(0, 1, 0, 0, 0.0)
+                outcomes[name] = Outcome(0, 1, 0, 0, 0, 0.0)
         print(name, outcomes[name], flush=True)
     header = ["reader", *Outcome._fields]
     print(harness.table(header, [[name, *(f"{value:.0f}" for value in found)] for name, found in outcomes.items()]))

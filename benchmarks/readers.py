@@ -13,7 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmsec_jax.checkpoints import adapters, configs, diffusers, embeddings, single_file, torch_archive, weights
+from dmsec_jax.checkpoints import (
+    adapters,
+    configs,
+    diffusers,
+    embeddings,
+    inspection,
+    single_file,
+    torch_archive,
+    weights,
+)
 from dmsec_jax.checkpoints import io as tensors
 from dmsec_jax.core.files import read_json
 from dmsec_jax.core.trees import map_paths
@@ -25,13 +34,14 @@ FIELDS = {name: component.field for name, component in diffusers.COMPONENTS.item
 
 
 class Reader(NamedTuple):
-    """`read(folder)` reads the file `name` in it; `seeds` are what it may hold; `header` as of `mutation.mutate`."""
+    """`read(folder)` reads the file `name` in it; `seeds` are what it may hold, inside what `wrap` puts around; `header` as of `mutation.mutate`."""
 
     name: str
     seeds: tuple[bytes, ...]
     header: int
     read: Callable[[Path], object]
     beside: Mapping[str, bytes] = MappingProxyType({})
+    wrap: Callable[[bytes], bytes] = bytes
 
 
 def readers() -> dict[str, Reader]:
@@ -84,10 +94,23 @@ def readers() -> dict[str, Reader]:
             lambda folder: single_file.read_params(folder / "x.safetensors", presets.TINY),
         ),
         "torch archive": Reader(
-            "x.pt", (_archive(), _legacy()), -1, lambda folder: torch_archive.read(folder / "x.pt")
+            "x.pt", (_archive(_tensor()), _legacy()), -1, lambda folder: torch_archive.read(folder / "x.pt")
+        ),
+        "pickle in an archive": Reader(
+            "x.pt", (_tensor(), _module()), -1, lambda folder: torch_archive.read(folder / "x.pt"), wrap=_archive
         ),
         "weights of pytorch": Reader(
-            "m.bin", (_archive(), _legacy()), -1, lambda folder: weights.read_weights(folder, "m")
+            "m.bin", (_archive(_tensor()), _legacy()), -1, lambda folder: weights.read_weights(folder, "m")
+        ),
+        "page of info": Reader(
+            "x.safetensors",
+            (
+                _safetensors(lora),
+                _safetensors({"a": np.ones(3)}, {"ss_x": "y"}),
+                _safetensors({"emb_params": np.ones((1, 8))}),
+            ),
+            8,
+            lambda folder: inspection.inspect(folder / "x.safetensors"),
         ),
         "learnt words": Reader(
             "x.safetensors",
@@ -121,14 +144,22 @@ def readers() -> dict[str, Reader]:
         "tokenizer vocabulary": Reader("vocab.json", (vocabulary,), 0, Tokenizer.load, {"merges.txt": merges}),
         "tokenizer merges": Reader("merges.txt", (merges,), -1, Tokenizer.load, {"vocab.json": vocabulary}),
     }
-    if whole is not None:
-        found["tokenizer.json"] = Reader("tokenizer.json", (whole,), 0, Tokenizer.load)
-    for name, field in FIELDS.items():
-        fmt = diffusers.COMPONENTS[name].format
-        seeds = tuple(
-            json.dumps(configs.write_config(getattr(p, field), fmt)).encode()
-            for p in (presets.TINY, presets.SD21, presets.TINY_XL)
-        )
+    files = {"vocab.json": vocabulary, "merges.txt": merges}
+    for name, content in {
+        "tokenizer_config.json": {
+            "model_max_length": 16,
+            "pad_token": {"content": "!"},
+            "added_tokens_decoder": {"0": {"content": "!"}},
+        },
+        "special_tokens_map.json": {"bos_token": "<|startoftext|>", "pad_token": "!"},
+        "added_tokens.json": {"!": 0},
+    }.items():
+        found[name] = Reader(name, (json.dumps(content).encode(),), 0, Tokenizer.load, files)
+    found["tokenizer.json"] = Reader("tokenizer.json", (whole,), 0, Tokenizer.load)
+    for name, component in diffusers.XL.items():
+        fmt = component.format
+        known = [getattr(preset, component.field) for preset in (presets.TINY, presets.SD21, presets.TINY_XL)]
+        seeds = tuple(json.dumps(configs.write_config(cfg, fmt)).encode() for cfg in known if cfg is not None)
         found[f"{name}/config.json"] = Reader(
             "config.json",
             seeds,
@@ -162,16 +193,16 @@ def _whole(targets) -> bytes:
         return path.read_bytes()
 
 
-def _tokenizer() -> tuple[bytes, bytes, bytes | None]:
+def _tokenizer() -> tuple[bytes, bytes, bytes]:
+    """`vocab.json`, `merges.txt`, and both in the one file that transformers writes today."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Tokenizer.train(["a red dog", "a blue cat"], vocab_size=530, max_length=16).save(folder)
-        whole = folder / "tokenizer.json"
-        return (
-            (folder / "vocab.json").read_bytes(),
-            (folder / "merges.txt").read_bytes(),
-            whole.read_bytes() if whole.is_file() else None,
-        )
+        vocabulary, merges = ((folder / file).read_bytes() for file in ("vocab.json", "merges.txt"))
+    pairs = [line.split(" ") for line in merges.decode().split("\n")[1:] if line]
+    model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": json.loads(vocabulary), "merges": pairs}
+    whole = {"added_tokens": [{"id": 0, "content": "!"}], "model": model}
+    return vocabulary, merges, json.dumps(whole).encode()
 
 
 def _tensor() -> bytes:
@@ -192,10 +223,20 @@ def _tensor() -> bytes:
     return b"\x80\x02}" + text(b"a") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + body + b"tRs."
 
 
-def _archive() -> bytes:
+def _module() -> bytes:
+    """A pickle of a TorchScript module, and of what Lightning notes beside it."""
+    text = lambda value: b"X" + struct.pack("<I", len(value)) + value
+    inside = b"c__torch__.net\nNet\n)\x81}" + text(b"w") + _tensor()[2:-1] + b"sb"
+    notes = (
+        b"}cpytorch_lightning.callbacks\nCheckpoint\n}" + text(b"score") + b"cnumpy\ndtype\n(" + text(b"f8") + b"tRss"
+    )
+    return b"\x80\x02}(" + text(b"net") + inside + text(b"notes") + notes + b"u."
+
+
+def _archive(pickled: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("x/data.pkl", _tensor())
+        archive.writestr("x/data.pkl", pickled)
         archive.writestr("x/data/0", np.arange(6, dtype="<f4").tobytes())
         archive.writestr("x/byteorder", b"little")
     return file.getvalue()

@@ -59,7 +59,11 @@ def _leave() -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"dmsec: {message}", file=sys.stderr)
+    """What the message quotes may be a stranger's, and must not steer the terminal."""
+    shown = "".join(
+        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in message
+    )
+    print(f"dmsec: {shown}", file=sys.stderr)
     return 1
 
 

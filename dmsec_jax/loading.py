@@ -36,6 +36,8 @@ class Reading:
     """For a single file, which has none: the folder of one, for example of another model of the family."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """For a single file, whose weights do not tell; default: as is written in or beside it, else what fits the pictures better."""
+    weights: single_file.Weights = "model"
+    """Of a single file that holds both: the UNet itself, or the running average of its training."""
     allow_partial: bool = False
     """Read a model that does not fit, too: what is unused or mis-shaped is left out, what then lacks is taken from the base model. Recorded."""
 
@@ -46,6 +48,7 @@ def load(
     variant: str | None = None,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    weights: single_file.Weights = "model",
     allow_partial: bool = False,
     pictures: Callable[[int], np.ndarray] | None = None,
     dtype: str = "float32",
@@ -57,7 +60,7 @@ def load(
 
     Args:
         folder: the folder, the file, or "owner/name[@revision]" (see `checkpoints.hub`).
-        variant, tokenizer, prediction_type, allow_partial: see `Reading`.
+        variant, tokenizer, prediction_type, weights, allow_partial: see `Reading`.
         pictures: side -> [N, side, side, 3] in [-1, 1], asked for where nothing says what the model predicts: `diffusion.prediction` decides by them.
         dtype: of the parameters, and what the UNet and the text encoders compute in; the autoencoder stays in float32.
         mesh: where parameters lie, by `parallel.plan`; None: as `parallel.placed`.
@@ -76,7 +79,7 @@ def load(
         known = prediction_type or single_file.prediction_of(path, state)
         unsure = known is None and pictures is not None
         kind = "epsilon" if unsure else known
-        model = single_file.model_of(state, path, tokenizer, kind, placer=placer, partial=partial)
+        model = single_file.model_of(state, path, tokenizer, kind, weights, placer=placer, partial=partial)
     else:
         given = tokenizer is None and prediction_type is None
         require(
@@ -184,14 +187,20 @@ def _losses(params, image, context, cfg, fns):
 
 
 def load_tuned(
-    path: str | Path, base: Pipeline, *, strength: float = 1.0, variant: str | None = None, allow_partial: bool = False
+    path: str | Path,
+    base: Pipeline,
+    *,
+    strength: float = 1.0,
+    variant: str | None = None,
+    weights: single_file.Weights = "model",
+    allow_partial: bool = False,
 ) -> Pipeline:
     """Reads a model that was fine-tuned from `base`: a model folder, a single file (what it leaves out is taken from the base), an adapter (LoRA,
     ...), which is merged into it, or an id of the hub that stands for one of these.
 
     Args:
         strength: of an adapter: 0 is the base model, 1 as trained.
-        variant, allow_partial: see `Reading`.
+        variant, weights, allow_partial: see `Reading`.
 
     Raises:
         FileNotFoundError, ValueError: as `load`, `checkpoints.single_file.read_params` and `checkpoints.adapters.read_adapter`; on a model of
@@ -208,7 +217,7 @@ def load_tuned(
         file = adapters.find_file(path)
         state = single_file.read(file)
         if single_file.is_single_file(state):
-            params = single_file.params_of(state, base.configs, str(file), placer=placer, partial=partial)
+            params = single_file.params_of(state, base.configs, str(file), weights, placer, partial)
         else:
             found = adapters.read_adapter(file, base.params, partial)
             params = parallel.placed(adapters.merge(base.params, found, strength))

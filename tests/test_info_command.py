@@ -8,7 +8,7 @@ import pytest
 
 from dmsec_jax import cli
 from dmsec_jax.checkpoints import single_file
-from dmsec_jax.checkpoints.adapter_export import write_lora
+from dmsec_jax.checkpoints.adapter_export import write_lora, write_oft
 from dmsec_jax.checkpoints.io import read_tensors, write_tensors
 from dmsec_jax.core.files import sha256
 
@@ -89,6 +89,25 @@ def test_an_adapter_for_another_base(info, lora, tiny_folder):
     assert "1 problem\n    unused: lora_unet_elsewhere.alpha []" in page
 
 
+def test_an_oft_of_peft(info, tiny_folder, tmp_path):
+    generator = np.random.default_rng(0).normal(size=(2, 4, 4)).astype("f4")
+    attention = {"attn1": {"to_q": {"generator": generator}}}
+    write_oft(tmp_path / "oft", {"down_blocks_0": {"attentions_0": {"transformer_blocks_0": attention}}})
+    status, page = info(tmp_path / "oft", "--base", tiny_folder)
+    assert status == 0
+    for text in ("layout  PEFT", "1 OFT; rank none", "          12  float32"):
+        assert text in page
+
+
+def test_what_a_stranger_wrote_does_not_steer_the_terminal(info, tmp_path):
+    header = b'{"a\\u001b[2J\\u202e": 1}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    status, page = info(tmp_path / "x.safetensors")
+    assert status == 1
+    assert "described by dtype" in page
+    assert page.rstrip("\n").isprintable()
+
+
 def test_a_single_file_of_another_size_and_its_base(info, tiny_pipeline, tiny_folder, tmp_path):
     path = tmp_path / "model.safetensors"
     single_file.write_model(path, tiny_pipeline.configs, tiny_pipeline.params, "bfloat16")
@@ -96,7 +115,8 @@ def test_a_single_file_of_another_size_and_its_base(info, tiny_pipeline, tiny_fo
     assert status == 1
     for text in (
         "single file",
-        "ask the author",
+        "weights do not say: ask the author, then --prediction-type",
+        "name that with --base",
         "bfloat16",
         "CLIP",
         "conditioned on text of width 768, 1024, 2048, got 8",
@@ -108,6 +128,9 @@ def test_other_files(info, tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"a": np.ones(2, np.float32)})
     status, page = info(tmp_path / "x.safetensors")
     assert (status, "neither a Stable Diffusion model nor an adapter" in page) == (1, True)
+    write_tensors(tmp_path / "vae.safetensors", {"decoder.conv_in.bias": np.ones(2, np.float32)})
+    status, page = info(tmp_path / "vae.safetensors")
+    assert (status, "is      an autoencoder alone; name the whole model" in page) == (1, True)
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x02cos\nsystem\n(S'true'\ntR.")
     for name, message in (("x.ckpt", "must be"), ("none.safetensors", "No such file"), (".", "a folder with one of")):
         status, page = info(tmp_path / name)

@@ -68,6 +68,20 @@ def test_parameters_lie_where_the_plan_says(tiny_folder, monkeypatch):
     assert any("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(read.params))
 
 
+def test_the_average_of_a_single_file(tiny_pipeline, tmp_path):
+    file = tmp_path / "model.safetensors"
+    single_file.write_model(file, tiny_pipeline.configs, jax.device_get(tiny_pipeline.params), "float32")
+    state = {key: np.array(value) for key, value in single_file.read(file).items()}
+    own = {key.removeprefix("model.").replace(".", ""): v for key, v in state.items() if key.startswith("model.diff")}
+    write_tensors(file, state | {f"model_ema.{key}": value + 1 for key, value in own.items()})
+    average = pipeline.load_tuned(file, tiny_pipeline, weights="model_ema").params["unet"]
+    jax.tree.map(
+        lambda one, other: np.testing.assert_array_equal(one, other + 1), average, tiny_pipeline.params["unet"]
+    )
+    same = pipeline.load_tuned(file, tiny_pipeline).params["unet"]
+    jax.tree.map(np.testing.assert_array_equal, same, tiny_pipeline.params["unet"])
+
+
 def test_strength_of_an_adapter(tiny_pipeline, tmp_path):
     file = tmp_path / "lora.safetensors"
     factors = {"down": np.ones((32, 2), np.float32), "up": np.ones((2, 32), np.float32)}

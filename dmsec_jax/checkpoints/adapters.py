@@ -14,13 +14,15 @@ there is none it is 1.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dmsec_jax.checkpoints import changes, ldm, mapping
+from dmsec_jax.checkpoints import changes, ldm, links, mapping
 from dmsec_jax.checkpoints.adapter_scales import CONFIG, Scales, read_scales
 from dmsec_jax.checkpoints.changes import Change, Shape
 from dmsec_jax.checkpoints.io import PICKLES, read_metadata, read_tensors
@@ -52,6 +54,7 @@ FACTORS = (
     (r"lora_A(?:\.default)?\.weight", "down"),
     (r"lora_B(?:\.default)?\.weight", "up"),
     (r"(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|alpha|dora_scale|oft_blocks|rescale|diff)", None),
+    (r"(oft_R)(?:\.default)?\.weight", None),
     (r"lora_magnitude_vector(?:\.default)?(?:\.weight)?", "lora_magnitude_vector"),
 )
 """Spellings of factors, and what they are called here (None: as in the group)."""
@@ -146,11 +149,12 @@ def low_rank(adapter: Adapter, targets: Mapping[str, Params]) -> dict[str, Param
 
 
 def find_file(path: Path) -> Path:
-    """The adapter's file, `path` itself or inside the folder `path`."""
+    """The adapter's file, `path` itself or inside the folder `path`, out of which no link may lead."""
     if not path.is_dir():
         return path
     there = [path / name for name in NAMES if (path / name).is_file()]
     require(len(there) == 1, str(path), f"a folder with one of {', '.join(NAMES)}", len(there), "name the file itself")
+    links.require_inside(path)
     return there[0]
 
 
@@ -163,7 +167,7 @@ def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def is_adapter(keys: Collection[str]) -> bool:
     """Whether tensors of these names are an adapter, at least in part."""
-    return any(_split(key) is not None for key in keys)
+    return any(split_key(key) is not None for key in keys)
 
 
 def layout_of(keys: Collection[str]) -> str:
@@ -183,7 +187,7 @@ def compare(
     layers: dict[tuple[str, str], dict[str, str]] = {}
     problems: list[Problem] = []
     for key, tensor in state.items():
-        layer, factor = _split(key) or ("", "")
+        layer, factor = split_key(key) or ("", "")
         place = spelt.get(layer)
         if place is None:
             problems.append(("unused", f"{key} {list(tensor.shape)}"))
@@ -200,6 +204,8 @@ def compare(
         tensors = {factor: np.array(state[key], np.float32) for factor, key in keys.items()}
         kernel = torch_shape(kernels[part][path].shape)
         wrong = list(_wrong(tensors, keys, kernel))
+        if not wrong and "oft_R" in tensors:
+            wrong = list(_peft_oft_wrong(tensors["oft_R"], keys["oft_R"], kernel, scales.of(part)))
         if not wrong:
             found.setdefault(part, {})[path] = _change(tensors, kernel, scales, part, path)
         problems += wrong
@@ -237,6 +243,9 @@ def _wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str], kernel: S
 
 def _oft_wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> Iterator[Problem]:
     """OFT's alpha bounds the blocks, and programs differ in what it is multiplied by: it is read where it bounds nothing, or is 0."""
+    if "oft_R" in tensors:  # PEFT's; an alpha beside it has no meaning
+        yield from (("unused", keys[factor]) for factor in tensors.keys() & {"alpha"})
+        return
     blocks, alpha = tensors["oft_blocks"], tensors.get("alpha", np.zeros(1))
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
         return  # mis-shaped, which is said elsewhere
@@ -245,13 +254,21 @@ def _oft_wrong(tensors: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> It
         yield "a constraint that programs read differently", f"{keys['alpha']}, with blocks of norm {size:.4g}"
 
 
+def _peft_oft_wrong(upper: np.ndarray, key: str, kernel: Shape, table: Mapping[str, Any]) -> Iterator[Problem]:
+    """The same numbers mean another rotation under other settings."""
+    if table.get("peft_type") != "OFT":
+        yield "without PEFT's configuration of it", key
+    elif len(upper) == 1 and not table["block_share"] and changes.side_of(upper) != math.prod(kernel[1:]):
+        yield "one block for all, which its configuration does not say", key
+
+
 def _change(tensors: Mapping[str, np.ndarray], kernel: Shape, scales: Scales, part: str, path: str) -> Change:
     factors = {factor: tensor for factor, tensor in tensors.items() if factor not in ("alpha", *MAGNITUDES)}
+    if "oft_R" in factors:
+        return Change("OFT", factors, 1.0, None, scales.of(part)["terms"])
     rank = changes.rank(factors)
-    if rank is None:
-        ratio = 1.0
-    elif "alpha" in tensors:
-        ratio = tensors["alpha"].item() / rank
+    if "alpha" in tensors:
+        ratio = 1.0 if rank is None else tensors["alpha"].item() / rank
     else:
         ratio = scales.ratio(part, layer_of(path), rank)
     magnitude = None
@@ -260,7 +277,7 @@ def _change(tensors: Mapping[str, np.ndarray], kernel: Shape, scales: Scales, pa
     return Change(changes.family_of(next(iter(factors))), factors, ratio, magnitude)
 
 
-def _split(key: str) -> tuple[str, str] | None:
+def split_key(key: str) -> tuple[str, str] | None:
     """Layer in today's spelling, and factor, of a key; None if it is no adapter's."""
     for pattern, factor in FACTORS:
         if match := re.fullmatch(r"(.+?)\." + pattern, key):

@@ -5,6 +5,7 @@
     LoHa  (Hyeon-Woo et al. 2022, Eq. 2)    D = (w1_a @ w1_b) * (w2_a @ w2_b); with cores t1 and t2 both are Tucker
     LoKr  (LyCORIS, Yeh et al. 2024)        D = kron(w1, w2), each whole or a product
     OFT   (Qiu et al. 2023, Eq. 3)          D = rescale * R^T W_0 - W_0, R made of blocks along the outputs (LyCORIS, kohya)
+          in PEFT                           D = W_0 R^T - W_0, R made of blocks along the inputs
     full                                    D = diff
     DoRA  (Liu et al. 2024, Eq. 5)          W = magnitude * (W_0 + ratio D) / |W_0 + ratio D|
 
@@ -12,6 +13,7 @@ The norm of DoRA is that of each output's (or each input's) weights. Factors kee
 layer is a convolution with a window of 1.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -29,12 +31,14 @@ class Change(NamedTuple):
         factors: name -> float32 array.
         ratio: alpha / rank, what D is multiplied by.
         magnitude: DoRA's, [O, 1, 1, 1] or [1, I, 1, 1]; None without it.
+        terms: of PEFT's OFT, see `peft_rotation`.
     """
 
     family: str
     factors: Factors
     ratio: float
     magnitude: np.ndarray | None
+    terms: int | None = None
 
 
 def family_of(factor: str) -> str:
@@ -44,6 +48,8 @@ def family_of(factor: str) -> str:
 
 def needed(family: str, given: Collection[str]) -> list[str]:
     """The factors that D is made of, seen what is given: one that is not given is missing, a further one has no meaning."""
+    if family == "OFT" and "oft_R" in given:
+        return ["oft_R"]
     if family == "OFT":
         return ["oft_blocks", *(["rescale"] if "rescale" in given else [])]
     if family == "full":
@@ -70,6 +76,8 @@ def misfits(factors: Factors, kernel: Shape) -> dict[str, str]:
 
     Ranks are what the factors say; window axes of 1 may be left out.
     """
+    if "oft_R" in factors:
+        return _peft_misfits(factors["oft_R"], kernel)
     if "oft_blocks" in factors:
         return _oft_misfits(factors, kernel)
     odd = {name: "2 or 4 axes" for name, array in factors.items() if array.ndim not in (2, 4) or not array.size}
@@ -109,8 +117,53 @@ def _oft_misfits(factors: Factors, kernel: Shape) -> dict[str, str]:
     return wrong
 
 
-def rotated(kernel: np.ndarray, factors: Factors) -> np.ndarray:
-    """The kernel [O, I, h, w] after OFT, by Cayley's map of the blocks' skew parts."""
+def _peft_misfits(upper: np.ndarray, kernel: Shape) -> dict[str, str]:
+    inputs = math.prod(kernel[1:])
+    if upper.ndim == 2 and len(upper):
+        side = side_of(upper)
+        if side * (side - 1) == 2 * upper.shape[1] and (
+            len(upper) * side == inputs or (len(upper), inputs % side) == (1, 0)
+        ):
+            return {}
+    return {"oft_R": f"[n, m (m - 1) / 2] with n m = {inputs}"}
+
+
+def side_of(upper: np.ndarray) -> int:
+    """m, of the m (m - 1) / 2 elements above a diagonal."""
+    return (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
+
+
+def peft_rotation(upper: np.ndarray, inputs: int, terms: int | None) -> np.ndarray:
+    """PEFT's R [n, m, m] of blocks that stand above their diagonals in `upper` [n, m (m - 1) / 2], or in [1, ...] for all of them.
+
+    Args:
+        inputs: n m.
+        terms: None: Cayley's map (I - S) (I + S)^-1; else PEFT's sum of as many powers in its place, which approaches (I + S) (I - S)^-1.
+    """
+    side = side_of(upper)
+    skew = np.zeros((len(upper), side, side))
+    skew[:, *np.triu_indices(side, 1)] = upper
+    skew -= skew.transpose(0, 2, 1)
+    eye = np.eye(side)
+    if terms is None:
+        r = (eye - skew) @ np.linalg.inv(eye + skew)
+    else:  # as in PEFT: three terms are as long as four, and the last one is not doubled
+        r, power = eye + 2 * skew * (terms > 1), skew @ skew
+        if terms > 2:
+            r = r + 2 * power
+            for _ in range(3, terms - 1):
+                power = power @ skew
+                r = r + 2 * power
+            r = r + power @ skew
+    return np.broadcast_to(r, (inputs // side, side, side))
+
+
+def rotated(kernel: np.ndarray, factors: Factors, terms: int | None = None) -> np.ndarray:
+    """The kernel [O, I, h, w] after OFT, by Cayley's map of the blocks' skew parts; or after PEFT's, see `peft_rotation`."""
+    if "oft_R" in factors:
+        r = peft_rotation(factors["oft_R"], math.prod(kernel.shape[1:]), terms)
+        parts = kernel.reshape(len(kernel), *r.shape[:2])
+        return np.einsum("onk,nck->onc", parts, r).reshape(kernel.shape).astype(np.float32)
     blocks = factors["oft_blocks"].astype(np.float64)
     skew, eye = blocks - blocks.transpose(0, 2, 1), np.eye(blocks.shape[1])
     r = (eye + skew) @ np.linalg.inv(eye - skew)
@@ -149,7 +202,7 @@ def low_rank(factors: Factors, kernel: Shape) -> tuple[np.ndarray, np.ndarray]:
 def changed(kernel: np.ndarray, change: Change, strength: float) -> np.ndarray:
     """The kernel [O, I, h, w] with a change that fits it; `strength` multiplies what the change does: 0 gives the kernel back, 1 is as trained."""
     if change.family == "OFT":
-        d = rotated(kernel, change.factors) - kernel
+        d = rotated(kernel, change.factors, change.terms) - kernel
     else:
         d = change.ratio * delta(change.factors, kernel.shape)
     if change.magnitude is None:

@@ -17,9 +17,11 @@ from dmsec_jax.models import clip, unet, vae
 
 OTHER_NETWORK = "use a model of the Stable Diffusion 1.x, 2.x or XL family"
 MAY_BE_ZERO = ("freq_shift", "pad_token_id", "bos_token_id", "eos_token_id")
-LARGEST = {"layers_per_block": 16, "num_hidden_layers": 128, "transformer_layers_per_block": 64}
-"""Bounds on depth, beside 2^20 for every other number: tracing a hostile config must end."""
+LARGEST = {"layers_per_block": 8, "num_hidden_layers": 48, "transformer_layers_per_block": 24}
+"""Bounds on depth, beside 2^20 for every other number: tracing a hostile config must end. OpenCLIP's largest encoder has 48 layers."""
 MAX_LEVELS = 16
+MAX_BLOCKS = 200
+"""Blocks of all levels together, each as deep as the deepest; Stable Diffusion XL has 150 by this count."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,11 @@ def _check_numbers(cfg: Any, fmt: Format, name: str) -> None:
                 require(low <= n <= high, f"{name}: {key}", f"in [{low}, {high}]", n, OTHER_NETWORK)
             elif isinstance(n, float):
                 require(0 < n < math.inf, f"{name}: {key}", "positive and finite", n, OTHER_NETWORK)
+    if hasattr(cfg, "layers_per_block"):
+        depths = getattr(cfg, "transformer_layers_per_block", 1)
+        deepest = max(depths, default=1) if isinstance(depths, tuple) else depths
+        blocks = len(cfg.block_out_channels) * (2 * cfg.layers_per_block + 1) * deepest
+        require(blocks <= MAX_BLOCKS, f"{name}: depth", f"at most {MAX_BLOCKS} blocks", blocks, OTHER_NETWORK)
 
 
 def write_config(cfg: Any, fmt: Format) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dmsec_jax.checkpoints import configs, mapping
+from dmsec_jax.checkpoints import configs, links, mapping
 from dmsec_jax.checkpoints.mapping import Partial, Place
 from dmsec_jax.checkpoints.weights import SHARD_BYTES, read_weights, write_weights
 from dmsec_jax.core.checks import fail, require
@@ -291,10 +291,11 @@ def check_index(folder: Path) -> dict[str, Any]:
     """The index's content.
 
     Raises:
-        ValueError: unless the pipeline consists of the components that we implement, and of nothing else that matters.
+        ValueError: unless the pipeline consists of the components that we implement, and of nothing else that matters; or if a link leads out of it.
     """
     contract = f"a diffusers folder with {INDEX}"
     require((folder / INDEX).is_file(), str(folder), contract, "none", "name the model's top folder")
+    links.require_inside(folder)
     index = {name: value for name, value in read_json(folder / INDEX).items() if value not in ([None, None], None)}
     parts = XL if "text_encoder_2" in index else COMPONENTS
     for name, component in parts.items():

@@ -1,6 +1,5 @@
 """What a file or folder of weights is, and everything that keeps it from being loaded; nothing is converted or executed."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmsec_jax.checkpoints import adapters, changes, diffusers, embeddings, ldm, mapping, single_file
+from dmsec_jax.checkpoints import adapters, changes, diffusers, embeddings, guess, ldm, links, mapping, single_file
 from dmsec_jax.checkpoints.adapter_scales import read_scales
 from dmsec_jax.checkpoints.mapping import Problem
 from dmsec_jax.checkpoints.weights import read_weights
@@ -24,9 +23,6 @@ FAMILIES = {
     presets.NANO.unet.cross_attention_dim: ("the embedded model", presets.NANO),
 }
 """Width of the text that the UNet is conditioned on -> what has it, and its configuration where it is known here."""
-CROSS_ATTENTION = re.compile(r"attn2[._](processor\.)?to_k.*(down|lora_A)")
-
-
 PREFIXES = {
     ldm.UNET: "unet",
     ldm.EMA: "average of the unet",
@@ -38,6 +34,18 @@ PREFIXES = {
 """What stands before the keys of a network in a single file."""
 
 
+NEITHER = "neither a Stable Diffusion model nor an adapter"
+OTHERS = {
+    "control_model.": "a ControlNet, which is not read",
+    "joint_blocks.": "a network of Stable Diffusion 3, which is not read",
+    "double_blocks.": "a network of FLUX, which is not read",
+    "transformer_blocks.": "a diffusion transformer, which is not read",
+    "down_blocks.": "a UNet alone; name the whole diffusers folder",
+    "decoder.": "an autoencoder alone; name the whole model",
+    "first_stage_model.": "an autoencoder alone; name the whole model",
+    "text_model.": "a text encoder alone; name the whole model",
+}
+"""What a key starts with -> what people download besides."""
 BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
 """Entries of an adapter's metadata in which trainers name the base model."""
 
@@ -75,6 +83,7 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
     """
     path = Path(path)
     if (path / diffusers.INDEX).is_file():
+        links.require_inside(path)
         return _folder(path)
     path = adapters.find_file(path)
     state, metadata = adapters.read_state(path)
@@ -86,7 +95,8 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
         return _words(path, state, metadata, base)
     problems = (("unknown", f"{len(state)} tensors, such as {', '.join(list(state)[:5]) or 'none'}"),)
     part = _part("tensors", state, "")
-    return Account("neither a Stable Diffusion model nor an adapter", "unknown", {}, (part,), metadata, problems)
+    kind = next((name for start, name in OTHERS.items() if any(key.startswith(start) for key in state)), NEITHER)
+    return Account(kind, "unknown", {}, (part,), metadata, problems)
 
 
 def _folder(path: Path) -> Account:
@@ -132,8 +142,8 @@ def _single_file(
     starts = lambda prefix: any(key.startswith(prefix) for key in state)
     encoders = {"cond_stage_model.model.": "OpenCLIP", "conditioner.embedders.": "CLIP and OpenCLIP"}
     encoder = next((name for prefix, name in encoders.items() if starts(prefix)), "CLIP")
-    facts = {"text encoder": encoder, "tokenizer": "none: loading needs the folder of one"}
-    facts["predicts"] = "not said by weights: ask the author"
+    facts = {"text encoder": encoder, "tokenizer": "none in a single file: name the folder of one with --tokenizer"}
+    facts["predicts"] = "weights do not say: ask the author, then --prediction-type"
     problems = _not_finite(state, "")
     width = None
     try:
@@ -144,7 +154,8 @@ def _single_file(
         width = preset.unet.cross_attention_dim
         problems += single_file.compare(state, preset)[1]
     except ValueError as error:
-        problems.append(("unknown", str(error)))
+        cure = "" if base is not None else "; if it was made from another model, name that with --base"
+        problems.append(("unknown", f"{error}{cure}"))
     shown = tuple(part for part in parts if part.parameters)
     return Account("single file", _family(width), facts, shown, metadata, tuple(problems))
 
@@ -152,9 +163,10 @@ def _single_file(
 def _adapter(
     path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str], base: str | Path | None
 ) -> Account:
-    widths = {t.shape[1] for key, t in state.items() if CROSS_ATTENTION.search(key) and t.ndim in (2, 4)}
-    width = widths.pop() if len(widths) == 1 else None
+    width, by = guess.text_width(state, metadata) or (None, "")
     facts = {"layout": adapters.layout_of(state)}
+    if by and base is None:
+        facts["guessed by"] = by
     if told := [metadata[key] for key in BASE_NAMES if metadata.get(key, "None") != "None"]:
         facts["made for"] = ", ".join(told)
     preset = diffusers.read_preset(base) if base is not None else FAMILIES.get(width, (None, None))[1]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import yaml
 
-from dmsec_jax.checkpoints import ldm, mapping
+from dmsec_jax.checkpoints import ldm, links, mapping
 from dmsec_jax.checkpoints.adapters import read_state
 from dmsec_jax.checkpoints.diffusers import Model, Placer, components, on_host, shapes, tokenizer_folder
 from dmsec_jax.checkpoints.io import PICKLES, read_metadata, write_tensors
@@ -76,12 +76,13 @@ def model_of(
 
 
 def require_known(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> None:
-    """Raises ValueError unless both are given, which the file itself does not hold."""
+    """Raises ValueError unless both are given, which the file itself does not hold, and no link leads out of the tokenizer's folder."""
     cure = f"pass prediction_type={' or '.join(map(repr, KINDS))}, as its author says; weights do not tell"
     known = " or ".join(KINDS)
     require(prediction_type in KINDS, f"the prediction type of {path}", known, repr(prediction_type), cure)
     cure = "pass tokenizer=, the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
     require(tokenizer is not None, f"the tokenizer of {path}", "given, since a single file has none", None, cure)
+    links.require_inside(tokenizer)
 
 
 def read_params(path: str | Path, preset: Preset, weights: Weights = "model") -> dict[str, Params]:

@@ -204,7 +204,7 @@ def both(
     """The base model and the one that was made from it; what a single file predicts is judged by the pictures in a folder."""
     look = lambda side: images.read_folder(pictures, side).images
     first = pipeline.load(base, **vars(reading), pictures=look)
-    options = {"variant": reading.variant, "allow_partial": reading.allow_partial}
+    options = {name: getattr(reading, name) for name in ("variant", "weights", "allow_partial")}
     second = pipeline.load_tuned(model, first, strength=strength, **options)
     return pipeline.with_words(first, words), pipeline.with_words(second, words)
 

@@ -16,6 +16,8 @@ from dmsec_jax.report.page import cut, printable
 
 WIDTH = 160
 """Longest line of a value that strangers wrote."""
+SENTENCES = 600
+"""The same of a problem, whose end says what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ def run(cfg: Config) -> int:
 
 def page(path: str, account: Account, digest: str, problems: list[tuple[str, str]]) -> str:
     """The page as text, safe for a terminal whatever the file holds."""
-    facts = {"is": f"{account.kind}, {account.family}", **account.facts, "sha256": digest}
+    known = "" if account.family == "unknown" else f", {account.family}"
+    facts = {"is": f"{account.kind}{known}", **account.facts, "sha256": digest}
     width = max(map(len, facts))
     lines = [_line(path), *(f"  {name:{width}}  {_line(value)}" for name, value in facts.items())]
     if account.parts:
@@ -52,7 +55,7 @@ def page(path: str, account: Account, digest: str, problems: list[tuple[str, str
         lines += ["", "  metadata", *(f"    {_line(key)}: {_line(value)}" for key, value in account.metadata.items())]
     if not problems:
         return "\n".join([*lines, "", "  Everything fits: it can be loaded."])
-    told = [f"    {kind}: {_line(what)}" for kind, what in sorted(problems)]
+    told = [f"    {kind}: {_line(what, SENTENCES)}" for kind, what in sorted(problems)]
     return "\n".join([*lines, "", f"  It cannot be loaded: {len(problems)} problem{'s' * (len(problems) > 1)}", *told])
 
 
@@ -73,5 +76,5 @@ def _beside(folder: Path) -> list[tuple[str, str]]:
     return problems
 
 
-def _line(text: str) -> str:
-    return cut(printable(text), WIDTH)
+def _line(text: str, width: int = WIDTH) -> str:
+    return cut(printable(text), width)

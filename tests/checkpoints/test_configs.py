@@ -49,7 +49,10 @@ UNSUPPORTED = [
     (UNET, "unet", "layers_per_block", 0),
     (UNET, "unet", "layers_per_block", 10**6),
     (UNET, "unet", "transformer_layers_per_block", [1, 10**6]),
+    (UNET, "unet", "transformer_layers_per_block", [1, 25]),
     (UNET, "unet", "block_out_channels", [8] * 100),
+    (VAE, "vae", "layers_per_block", 9),
+    (TEXT_ENCODER, "text", "num_hidden_layers", 49),
     (UNET, "unet", "block_out_channels", [8, -16]),
     (UNET, "unet", "attention_head_dim", 0),
     (UNET, "unet", "norm_eps", float("nan")),
@@ -71,6 +74,19 @@ def test_unsupported_value_is_named(fmt, field, option, value):
     values = write_config(getattr(presets.TINY, field), fmt) | {option: value}
     with pytest.raises(ValueError, match=rf"config\.json\W+{option}"):
         read_config(values, fmt, "config.json")
+
+
+def test_depth_is_bounded_so_that_tracing_ends():
+    values = write_config(presets.TINY.unet, UNET) | {"layers_per_block": 8, "transformer_layers_per_block": 24}
+    with pytest.raises(ValueError, match=r"config\.json: depth must be at most 200 blocks, got 816"):
+        read_config(values, UNET, "config.json")
+    levels = {"block_out_channels": [8] * 16, "layers_per_block": 8}
+    levels |= {
+        f"{side}_block_types": [f"{side.title()}{kind}coderBlock2D"] * 16
+        for side, kind in (("down", "En"), ("up", "De"))
+    }
+    with pytest.raises(ValueError, match=r"config\.json: depth must be at most 200 blocks, got 272"):
+        read_config(write_config(presets.TINY.vae, VAE) | levels, VAE, "config.json")
 
 
 def test_unknown_option_is_named_with_the_nearest():

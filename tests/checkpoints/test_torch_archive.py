@@ -103,6 +103,33 @@ def test_a_state_dict_and_constants(tmp_path):
     np.testing.assert_array_equal(found["constants.0"], WEIGHT.ravel())
 
 
+def notes():
+    """What Lightning leaves in the files of Stable Diffusion 1.x: its classes as keys, NumPy's numbers, tensors of its own."""
+    kind = name("numpy", "dtype") + text("f8") + b"\x89\x88\x87R(" + number(3) + text("<") + b"NNN" + number(-1) * 2
+    value = name("_codecs", "encode") + text("abcdefgh") + text("latin1") + b"\x86R"
+    score = name("numpy.core.multiarray", "scalar") + kind + number(0) + b"tb" + value + b"\x86R"
+    callback = name("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    held = name("pytorch_lightning.utilities.parsing", "AttributeDict") + b")\x81" + text("lr") + number(1) + b"s"
+    inner = b"}(" + text("best") + score + text("kth_value") + tensor((), (), key="1", count=1) + b"u"
+    return text("callbacks") + b"}" + callback + inner + b"s" + text("hyper_parameters") + held
+
+
+@pytest.mark.parametrize("write", [archive, legacy])
+def test_notes_of_lightning_are_passed_over(tmp_path, write):
+    body = b"}(" + text("state_dict") + b"}" + text("a") + tensor() + b"s" + notes() + b"u"
+    found = torch_archive.read(write(tmp_path / "net.ckpt", body, {"0": WEIGHT, "1": WEIGHT[:1, :1]}))
+    assert found.keys() == {"state_dict.a"}
+    np.testing.assert_array_equal(found["state_dict.a"], WEIGHT)
+
+
+def test_a_long_list_of_entries_is_not_read(tmp_path, monkeypatch):
+    path = archive(tmp_path / "net.pt", module(w=tensor()))
+    monkeypatch.setattr(torch_archive, "MAX_DIRECTORY", 100)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(ValueError, match="list of entries takes 100 bytes, got 1"):
+        torch_archive.read(path)
+
+
 def test_empty_and_scalar_tensors(tmp_path):
     found = torch_archive.read(archive(tmp_path / "net.pt", module(none=tensor((0, 3), (3, 1)), one=tensor((), (), 2))))
     assert found["none"].shape == (0, 3)
@@ -115,6 +142,14 @@ HOSTILE = {
     "code": (name("posix", "system") + text("true") + b"\x85R", "a call of posix.system"),
     "builtins": (name("builtins", "eval") + text("1") + b"\x85R", "a call of builtins.eval"),
     "numpy": (name("numpy", "load") + text("x") + b"\x85R", "a call of numpy.load"),
+    "keys of one hash": (b"}(\x8a\x09" + (2**64).to_bytes(9, "little") + b"Nu", "text or numbers as keys"),
+    "one storage many times": (
+        module(w=b"](" + tensor() + b"q\xfa" + b"h\xfa" * 2000 + b"e"),
+        "together take at most 4 times the file, got 48024 bytes",
+    ),
+    "key of numpy": (b"}" + name("numpy", "dtype") + b")R" + b"Ns", "text or numbers as keys"),
+    "a class that is changed": (name("pytorch_lightning.core", "Net") + b"}b", "TypeError"),
+    "a number that is called": (name("numpy", "dtype") + b")R)R", "TypeError"),
     "torch": (name("torch", "load") + text("x") + b"\x85R", "a call of torch.load"),
     "call of a module": (name("__torch__", "Net") + b"}\x85R", "TypeError"),
     "shared nesting": (BOMB, "objects"),

@@ -4,7 +4,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from benchmarks.readers import _archive
+from benchmarks.readers import _archive, _tensor
 from dmsec_jax.checkpoints.io import read_metadata, read_tensors, write_tensors
 from dmsec_jax.checkpoints.weights import read_weights, write_weights
 
@@ -58,7 +58,7 @@ def test_variants(tmp_path, shard_bytes):
 
 
 def test_files_of_pytorch_are_read_where_there_are_no_others(tmp_path):
-    archive = _archive()  # {"a": 0..5 as [2, 3]}
+    archive = _archive(_tensor())  # {"a": 0..5 as [2, 3]}
     names = ("pytorch_model.bin", "pytorch_model.fp16.bin")
     for name, variant in zip(names, (None, "fp16"), strict=True):
         (tmp_path / name).write_bytes(archive)
