@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import write_atomically
 
+SHARES = ("AUC", "TPR", "accuracy", "A-ESR")
+"""What metrics that lie in [0, 1] start with."""
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -90,7 +92,10 @@ def number(row: dict | None, *, brief: bool = False, signed: bool = False) -> st
     if brief:
         return f"{row['value']:.2f}"
     sign = "+" if signed else ""
-    if row["low"] is None:
+    low, high = row["low"], row["high"]
+    if low is None:
         return f"{row['value']:{sign}.2f}"
-    text = f"{row['value']:{sign}.2f} [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
-    return f"**{text}**" if signed and (row["low"] > 0 or row["high"] < 0) else text
+    if row["metric"].startswith(SHARES) and not signed:  # Student's interval does not know where a share ends
+        low, high = max(low, 0.0), min(high, 1.0)
+    text = f"{row['value']:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return f"**{text}**" if signed and (low > 0 or high < 0) else text
