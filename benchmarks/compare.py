@@ -139,16 +139,9 @@ def _model() -> SimpleNamespace:
 
 
 def _pair(model: SimpleNamespace) -> tuple[Callable, Any]:
-    """(pair_fn, shapes of its parameters) of two networks."""
-    found = []
-
-    def build(network, context):
-        pair_fn, params = pipeline.pair(model, (network, context), (network, context))
-        found.append(pair_fn)
-        return params
-
-    params = jax.eval_shape(build, model.unet, model.context)
-    return found[0], params
+    """(pair_fn, shapes of its parameters) of two networks, one after the other as large ones are."""
+    twice = {"unet": (model.unet, model.unet), "context": (model.context, model.context)}
+    return pipeline.in_turn(model.functions.predict_fn), twice
 
 
 def _attack(objective_fn: Callable) -> Program:

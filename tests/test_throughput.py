@@ -49,8 +49,12 @@ def test_growth_is_named_and_what_is_not_committed_too():
     assert "not committed" in compare.grown({"n": {"flops": 1.0}}, known)[0]
 
 
-@pytest.mark.parametrize("method", list(compare.PROGRAMS))
+SLOW = {"sds", "cgi-dm", "dreambooth", "lora", "bayes-norm"}  # much like one of the others
+METHODS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in compare.PROGRAMS]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_no_program_grew(method):
-    """If it did on purpose: `python -m benchmarks.compare --compiled --write`."""
+    """If it did on purpose: `python -m benchmarks.compare --write`."""
     found = compare.count(compare.PROGRAMS[method]())
     assert compare.grown({method: found}, json.loads(compare.FILE.read_text())) == []

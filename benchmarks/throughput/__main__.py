@@ -198,20 +198,21 @@ def _peaks() -> dict[str, dict[str, float]]:
     }
 
 
-def restarted() -> None:
-    """Starts the process anew with large allocations in large pages, for both sides, unless the caller has chosen otherwise.
+def restarted(threads: int) -> None:
+    """Starts the process anew with large allocations in large pages, for both sides, unless the caller has chosen otherwise, and with as many
+    threads for NumPy as for the others.
 
     XLA takes the temporary memory of a program from the system anew in every call: in small pages their faults were a third of the time of the
     UNet's gradient at batch 32 (benchmarks/LOG.md).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:]], environment)
+        own = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | ({"OPENBLAS_NUM_THREADS": str(threads)} if threads else {})
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:]], os.environ | own)
 
 
 if __name__ == "__main__":
-    restarted()
     parsed = tyro.cli(Config, description=__doc__)
+    restarted(parsed.threads)
     if parsed.threads == 1:  # before the backend starts: XLA has as many threads as the process has cores
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     sys.exit(main(parsed))

@@ -112,5 +112,5 @@ def _outcome(values, gradients) -> Outcome:
     return {
         "value": lambda: torch.stack(values).float().numpy(),
         "directed": lambda: torch.stack([first for first, _ in gradients]).float().numpy(),
-        "bidirected": lambda: torch.stack([second for _, second in gradients]).float().numpy(),
+        "bidirected": lambda: torch.stack([second.tril(-1) for _, second in gradients]).float().numpy(),
     }
