@@ -111,6 +111,8 @@ def _whole(loss, h, theta, rows, rho, alpha, penalty):
 def _outcome(values, gradients) -> Outcome:
     return {
         "value": lambda: torch.stack(values).float().numpy(),
-        "directed": lambda: torch.stack([first for first, _ in gradients]).float().numpy(),
+        "directed": lambda: (
+            torch.stack([first - torch.diag(first.diagonal()) for first, _ in gradients]).float().numpy()
+        ),
         "bidirected": lambda: torch.stack([second.tril(-1) for _, second in gradients]).float().numpy(),
     }
