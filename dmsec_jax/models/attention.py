@@ -1,5 +1,6 @@
 """Attention, one implementation for all networks, and the transformer blocks of the UNet."""
 
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -39,12 +40,7 @@ def chunked(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
     _, n, heads, width = q.shape
     q = q * jnp.asarray(width**-0.5, q.dtype)
 
-    def attend(queries, allowed):
-        logits = jnp.einsum("bnhd,bmhd->bhnm", queries, k, preferred_element_type=jnp.float32)
-        if allowed is not None:
-            logits = jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
-        return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits, -1).astype(v.dtype), v)
-
+    attend = lambda queries, allowed: _attend(queries, k, v, allowed)
     chunks = 1
     while heads * (n // chunks) * k.shape[1] > max_logits and n % (2 * chunks) == 0:
         chunks *= 2
@@ -54,6 +50,42 @@ def chunked(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
     masks = None if mask is None else mask.reshape(chunks, n // chunks, -1)
     out = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), (parts, masks))
     return rearrange(out, "c b n h d -> b (c n) h d")
+
+
+@jax.custom_vjp
+def _attend(q, k, v, allowed):
+    """Attention of scaled queries in one piece. Dividing by the sums after the second product, not before it, saves passes over [N, M]; so does
+    the gradient, which takes the sum over keys from the result (Dao et al., "FlashAttention", 2022, Appendix B.2)."""
+    return _attend_fwd(q, k, v, allowed)[0]
+
+
+def _attend_fwd(q, k, v, allowed):
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    shares = (1 / weights.sum(-1)).swapaxes(1, 2)[..., None]  # [B, N, heads, 1]
+    weights = weights.astype(v.dtype)
+    mixed = jnp.einsum("bhnm,bmhd->bnhd", weights, v, preferred_element_type=jnp.float32) * shares
+    out = mixed.astype(v.dtype)
+    return out, (q, k, v, weights, shares, out)
+
+
+def _attend_bwd(kept, g):
+    q, k, v, weights, shares, out = kept
+    scaled = g.astype(jnp.float32) * shares
+    inner = (scaled * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)[..., None]  # [B, heads, N, 1]
+    scaled = scaled.astype(v.dtype)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dlogits = weights * (product("bnhd,bmhd->bhnm", scaled, v) - inner)
+    dlogits = dlogits.astype(q.dtype)  # a masked key has weight 0
+    dq = product("bhnm,bmhd->bnhd", dlogits, k)
+    dk = product("bhnm,bnhd->bmhd", dlogits, q)
+    dv = product("bhnm,bnhd->bmhd", weights, scaled)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 class Attention(nn.Module):
@@ -78,6 +110,34 @@ class Attention(nn.Module):
         return dense("to_out_0", True)(rearrange(attention(q, k, v), "b n h d -> b n (h d)"))
 
 
+@jax.custom_vjp
+def gated(both):
+    """value * gelu(gate) of [..., 2 D] = (value, gate), with the exact GELU, in the dtype of `both`.
+
+    Through erf, which costs half of the erfc of `jax.nn.gelu`; the gradient keeps nothing but its argument.
+    """
+    return _gated_fwd(both)[0]
+
+
+def _gated_fwd(both):
+    value, gate = jnp.split(both.astype(jnp.float32), 2, -1)
+    return (value * (gate * _normal_cdf(gate))).astype(both.dtype), both
+
+
+def _gated_bwd(both, g):
+    value, gate = jnp.split(both.astype(jnp.float32), 2, -1)
+    g, share = g.astype(jnp.float32), _normal_cdf(gate)
+    slope = share + gate * (jnp.exp(-0.5 * jnp.square(gate)) * (2 * math.pi) ** -0.5)
+    return (jnp.concatenate([g * (gate * share), g * value * slope], -1).astype(both.dtype),)
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+gated.defvjp(_gated_fwd, _gated_bwd)
+
+
 class GEGLU(nn.Module):
     """Gated linear unit with exact GELU: `proj` to twice the width, value times gelu(gate)."""
 
@@ -86,8 +146,7 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        value, gate = jnp.split(nn.Dense(2 * self.width, dtype=self.dtype, name="proj")(x), 2, -1)
-        return value * nn.gelu(gate, approximate=False)
+        return gated(nn.Dense(2 * self.width, dtype=self.dtype, name="proj")(x))
 
 
 class FeedForward(nn.Module):

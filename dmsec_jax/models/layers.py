@@ -20,9 +20,47 @@ def _plain_conv(x, kernel, stride: int, padding: Padding):
     )
 
 
+NARROW, TINY, WIDE_MAP = 16, 4, 1024
+"""Channels, channels, and positions of the maps that `column_groups` takes together."""
+
+
+def column_groups(x: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: Padding) -> int:
+    """How many neighbouring columns of the result XLA:CPU computes at once, as if they were channels: 1 unless channels are so few that it
+    would leave its fast path. Measured in benchmarks/LOG.md.
+
+    Args:
+        x, kernel: shapes.
+    """
+    (_, height, width, _), (rows, columns, inside, outside) = x, kernel
+    height, width = height + sum(padding[0]) - rows + 1, width + sum(padding[1]) - columns + 1
+    narrow = stride == 1 and columns > 1 and max(inside, outside) <= NARROW and height * width >= WIDE_MAP
+    count = 1 if not narrow else 8 if outside <= TINY else 4 if inside <= TINY else 2
+    return count if width % count == 0 else 1
+
+
+def _by_column_groups(x, kernel, *, padding: Padding, count: int):
+    """Stride 1: output channels are (position in the group, channel), each with the kernel at its place in a wider window."""
+    outside = kernel.shape[-1]
+    shifted = [jnp.pad(kernel, ((0, 0), (j, count - 1 - j), (0, 0), (0, 0))) for j in range(count)]
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    wide = jnp.concatenate(shifted, -1)
+    out = jax.lax.conv_general_dilated(x, wide, (1, count), padding, dimension_numbers=dimensions)
+    return out.reshape(*out.shape[:2], -1, outside)
+
+
+def _fast_conv(x, kernel, stride: int, padding: Padding):
+    count = column_groups(x.shape, kernel.shape, stride, padding)
+    plain = partial(_plain_conv, stride=stride, padding=padding)
+    if count == 1:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=partial(_by_column_groups, padding=padding, count=count), default=plain
+    )
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv(x, kernel, stride: int = 1, padding: Padding = ((1, 1), (1, 1))):
-    """Two-dimensional convolution whose gradients stay fast inside `scan`, `fori_loop` and `cond` on CPU.
+    """Two-dimensional convolution that is fast for few channels on CPU, and whose gradients stay fast there inside `scan`, `fori_loop`, `cond`.
 
     XLA:CPU lowers the stock gradient convolutions of called computations to a naive loop (up to 20 times slower). Here the input
     gradient is a plain forward convolution with the flipped kernel, and on CPU the kernel gradient is one matrix product per tap.
@@ -36,11 +74,11 @@ def conv(x, kernel, stride: int = 1, padding: Padding = ((1, 1), (1, 1))):
     Returns:
         [B, H', W', D].
     """
-    return _plain_conv(x, kernel, stride, padding)
+    return _fast_conv(x, kernel, stride, padding)
 
 
 def _conv_fwd(x, kernel, stride, padding):
-    return _plain_conv(x, kernel, stride, padding), (x, kernel)
+    return _fast_conv(x, kernel, stride, padding), (x, kernel)
 
 
 CACHE_FLOATS = 2**17
@@ -89,7 +127,7 @@ def _conv_bwd(stride, padding, residuals, g):
     for axis, k in ((1, kh), (2, kw)):
         low = k - 1 - padding[axis - 1][0]
         pads.append((low, x.shape[axis] + k - 1 - low - spread.shape[axis]))
-    dx = _plain_conv(spread, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1, tuple(pads))
+    dx = _fast_conv(spread, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1, tuple(pads))
     dk = jax.lax.platform_dependent(
         x,
         kernel,
@@ -124,12 +162,58 @@ class Conv(nn.Module):
         return conv(x, kernel, self.stride, padding) + bias.astype(self.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def group_norm(x, scale, bias, groups: int, epsilon: float, activate: bool):
+    """Normalisation of each group of channels of each example, then SiLU if `activate`, in float32.
+
+    Its gradient keeps the input and the statistics; what automatic differentiation keeps beside them costs more to write than to compute again.
+
+    Args:
+        x: [B, P, C], any floating dtype.
+        scale, bias: [C].
+    """
+    return _group_norm_fwd(x, scale, bias, groups, epsilon, activate)[0]
+
+
+def _group_mean(per_channel, groups: int):
+    """[B, C] -> [B, 1, C]: the mean of each group, at all of its channels."""
+    batch, channels = per_channel.shape
+    mean = per_channel.reshape(batch, groups, -1).mean(-1, keepdims=True)
+    return jnp.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, 1, channels)
+
+
+def _group_norm_fwd(x, scale, bias, groups, epsilon, activate):
+    values = x.astype(jnp.float32)
+    mean = _group_mean(values.mean(1), groups)
+    inverse = jax.lax.rsqrt(_group_mean(jnp.square(values - mean).mean(1), groups) + epsilon)
+    y = (values - mean) * (scale * inverse) + bias
+    return nn.silu(y) if activate else y, (x, scale, bias, mean, inverse)
+
+
+def _group_norm_bwd(groups, epsilon, activate, kept, g):
+    x, scale, bias, mean, inverse = kept
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    if activate:
+        y = normal * scale + bias
+        gate = nn.sigmoid(y)
+        g = g * (gate * (1 + y * (1 - gate)))
+    along_bias, along_scale = g.sum(1), (g * normal).sum(1)  # [B, C]
+    positions = x.shape[1]
+    level, tilt = (_group_mean(part * scale, groups) / positions for part in (along_bias, along_scale))
+    dx = inverse * (g * scale - level - normal * tilt)
+    return dx.astype(x.dtype), along_scale.sum(0), along_bias.sum(0)
+
+
+group_norm.defvjp(_group_norm_fwd, _group_norm_bwd)
+
+
 class GroupNorm(nn.Module):
-    """Group normalisation over (H, W, C / groups) of [B, ..., C] with float32 statistics. Parameters `scale`, `bias` [C]."""
+    """Group normalisation over (H, W, C / groups) of [B, ..., C] with float32 statistics, then SiLU if `activate`. Parameters `scale`, `bias` [C]."""
 
     groups: int = 32
     epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32
+    activate: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -141,17 +225,9 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        batch = x.shape[0]
-        flat = x.astype(jnp.float32).reshape(batch, -1, channels)
-
-        def group_mean(per_position):  # [B, P, C] -> [B, 1, C], equal within a group
-            mean = per_position.mean(1).reshape(batch, self.groups, -1).mean(-1, keepdims=True)
-            return jnp.broadcast_to(mean, (batch, self.groups, channels // self.groups)).reshape(batch, 1, channels)
-
-        mean = group_mean(flat)
-        variance = group_mean(jnp.square(flat - mean))
-        weight = scale * jax.lax.rsqrt(variance + self.epsilon)
-        return ((flat - mean) * weight + bias).reshape(x.shape).astype(self.dtype)
+        flat = x.reshape(x.shape[0], -1, channels)
+        out = group_norm(flat, scale, bias, self.groups, self.epsilon, self.activate)
+        return out.reshape(x.shape).astype(self.dtype)
 
 
 def timestep_features(t, width: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0, max_period: float = 1e4):
@@ -186,11 +262,11 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, time=None):  # x: [B, H, W, C], time: [B, D] or None
-        norm = partial(GroupNorm, self.groups, self.epsilon, self.dtype)
-        hidden = Conv(self.features, dtype=self.dtype, name="conv1")(nn.silu(norm(name="norm1")(x)))
+        norm = partial(GroupNorm, self.groups, self.epsilon, self.dtype, activate=True)
+        hidden = Conv(self.features, dtype=self.dtype, name="conv1")(norm(name="norm1")(x))
         if time is not None:
             hidden += nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None]
-        hidden = Conv(self.features, dtype=self.dtype, name="conv2")(nn.silu(norm(name="norm2")(hidden)))
+        hidden = Conv(self.features, dtype=self.dtype, name="conv2")(norm(name="norm2")(hidden))
         if x.shape[-1] != self.features:
             x = Conv(self.features, size=1, dtype=self.dtype, name="conv_shortcut")(x)
         return x.astype(self.dtype) + hidden
@@ -208,6 +284,23 @@ class Downsample(nn.Module):
         return Conv(self.features, stride=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
 
 
+@jax.custom_vjp
+def doubled(x):
+    """Nearest-neighbour doubling of [B, H, W, C]; its gradient is three additions, where XLA:CPU would reduce over an axis of two twice."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def _doubled_bwd(_, g):
+    b, h, w, c = g.shape
+    parts = g.reshape(b, h // 2, 2, w // 2, 2, c)
+    at = lambda i, j: parts[:, :, i, :, j]
+    return (at(0, 0) + at(0, 1) + at(1, 0) + at(1, 1),)
+
+
+doubled.defvjp(lambda x: (doubled(x), None), _doubled_bwd)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then convolution `conv`."""
 
@@ -216,9 +309,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return Conv(self.features, dtype=self.dtype, name="conv")(x)
+        return Conv(self.features, dtype=self.dtype, name="conv")(doubled(x))
 
 
 def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:

@@ -248,7 +248,7 @@ class UNet(nn.Module):
             block = UpBlock(cfg, widths[level], heads[level], depths[level] * attends, level > 0, name=f"up_blocks_{i}")
             skips, used = skips[: -cfg.layers_per_block - 1], skips[-cfg.layers_per_block - 1 :]
             x = block(x, used, time, context)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, cfg.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(cfg.norm_num_groups, cfg.norm_eps, cfg.dtype, True, name="conv_norm_out")(x)
         return Conv(cfg.out_channels, dtype=cfg.dtype, name="conv_out")(x).astype(jnp.float32)
 
 

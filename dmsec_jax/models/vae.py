@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             x = DownBlock(width, cfg, i < len(widths) - 1, name=f"down_blocks_{i}")(x)
         x = MidBlock(widths[-1], cfg, name="mid_block")(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-6, dtype, name="conv_norm_out")(x))
+        x = GroupNorm(cfg.norm_num_groups, 1e-6, dtype, True, name="conv_norm_out")(x)
         return Conv(2 * cfg.latent_channels, dtype=dtype, name="conv_out")(x)
 
 
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         x = MidBlock(widths[0], cfg, name="mid_block")(x)
         for i, width in enumerate(widths):
             x = UpBlock(width, cfg, i < len(widths) - 1, name=f"up_blocks_{i}")(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-6, dtype, name="conv_norm_out")(x))
+        x = GroupNorm(cfg.norm_num_groups, 1e-6, dtype, True, name="conv_norm_out")(x)
         return Conv(cfg.out_channels, dtype=dtype, name="conv_out")(x)
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmsec_jax.models.attention import Attention, Transformer2D, attention
+from dmsec_jax.models.attention import Attention, Transformer2D, attention, gated
 
 B, N, M, HEADS, D = 2, 16, 6, 2, 4
 
@@ -39,6 +39,33 @@ def test_chunking_leaves_gradients_alone(qkv):
 
     for a, b in zip(grads(HEADS * 4 * M), grads(10**6), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_the_formula(qkv, masked):
+    allowed = jnp.asarray(np.random.default_rng(3).random((N, M)) < 0.6).at[:, 0].set(True) if masked else None
+
+    def formula(q, k, v):
+        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(D)
+        logits = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+        return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits, -1), v)
+
+    cotangent = draw(B, N, HEADS, D, seed=4)
+    ours = jax.vjp(lambda *args: attention(*args, mask=allowed), *qkv)[1](cotangent)
+    for a, b in zip(ours, jax.vjp(formula, *qkv)[1](cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gated_unit_and_its_gradient_are_those_of_the_exact_gelu():
+    def formula(both):
+        value, gate = jnp.split(both, 2, -1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+    both, cotangent = 3 * draw(5, 16, seed=0), draw(5, 8, seed=1)
+    ours, our_vjp = jax.vjp(gated, both)
+    theirs, their_vjp = jax.vjp(formula, both)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(our_vjp(cotangent)[0], their_vjp(cotangent)[0], atol=1e-5)
 
 
 def programs(value):

@@ -41,6 +41,18 @@ def test_convolution_and_both_gradients_equal_lax(monkeypatch, size, stride, pad
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("inside", "outside", "count"), [(3, 3, 8), (3, 16, 4), (16, 16, 2), (16, 32, 1)])
+def test_few_channels_of_large_maps_are_taken_in_column_groups(inside, outside, count):
+    x, kernel = draw(1, 40, 32, inside), draw(3, 3, inside, outside, seed=1)
+    assert layers.column_groups(x.shape, kernel.shape, 1, SAME) == count
+    assert layers.column_groups((1, 40, 31, inside), kernel.shape, 1, SAME) == 1
+    ours, our_vjp = jax.vjp(lambda x, k: layers.conv(x, k, 1, SAME), x, kernel)
+    theirs, their_vjp = jax.vjp(lambda x, k: lax_conv(x, k, 1, SAME), x, kernel)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    for a, b in zip(our_vjp(draw(*ours.shape, seed=2)), their_vjp(draw(*ours.shape, seed=2)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
 def test_gradient_of_the_gradient_equals_lax():
     x, kernel, v = draw(2, 5, 5, 2), draw(3, 3, 2, 2, seed=1), draw(3, 3, 2, 2, seed=2)
 
@@ -76,6 +88,28 @@ def test_group_norm_normalises_each_group_of_each_example():
     mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
     expected = ((grouped - mean) / np.sqrt(variance + 1e-3)).reshape(x.shape) * scale + bias
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activate", [False, True])
+def test_gradients_of_group_norm_are_those_of_its_formula(activate):
+    x, scale, bias, cotangent = draw(2, 6, 8) * 3 + 1, draw(8, seed=1), draw(8, seed=2), draw(2, 6, 8, seed=3)
+
+    def formula(x, scale, bias):
+        grouped = x.reshape(2, 6, 4, 2)
+        mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+        y = ((grouped - mean) / jnp.sqrt(variance + 1e-3)).reshape(x.shape) * scale + bias
+        return y * jax.nn.sigmoid(y) if activate else y
+
+    ours = jax.vjp(lambda *args: layers.group_norm(*args, 4, 1e-3, activate), x, scale, bias)[1](cotangent)
+    for a, b in zip(ours, jax.vjp(formula, x, scale, bias)[1](cotangent), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_doubling_sums_the_four_copies():
+    x, g = draw(2, 3, 4, 5), draw(2, 6, 8, 5, seed=1)
+    out, vjp = jax.vjp(layers.doubled, x)
+    np.testing.assert_array_equal(out, np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
+    np.testing.assert_allclose(vjp(g)[0], np.asarray(g).reshape(2, 3, 2, 4, 2, 5).sum((2, 4)), rtol=1e-5, atol=1e-5)
 
 
 def test_group_norm_statistics_are_float32_and_survive_an_offset():

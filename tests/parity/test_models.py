@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ SD2 = dataclasses.replace(
 )
 XL = presets.TINY_XL.unet
 TEXT = presets.TINY.text
+ACTIVATED = re.compile(r"(resnets_\d+/norm\d|conv_norm_out)$")
 
 
 # ---------------------------------------------------------------------------------------------- the PyTorch side
@@ -123,6 +125,8 @@ def check_layers(ours, theirs):
         value = value[0]
         value = np.asarray(value[0] if isinstance(value, tuple) else value)
         peer = theirs[path]
+        if ACTIVATED.search(path):  # our normalisation includes the activation that follows it
+            peer = peer / (1 + np.exp(-peer))
         if peer.ndim == 4 or path.endswith("group_norm"):
             peer = np.moveaxis(peer, 1, -1)
         error = np.max(np.abs(value - peer.reshape(value.shape)))

@@ -1,0 +1,105 @@
+"""What a row is: our compiled program, its peers, and what both must have in common before they are timed."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.throughput import counters
+from dmsec_jax.core import trees
+
+Arrays = dict[str, np.ndarray]
+Peer = Callable[[], Callable[[], Mapping[str, Callable[[], Any]]]]
+"""Builds a baseline: a function that runs it and returns named arrays, made when asked for."""
+
+PUBLIC, PLAIN, LAYOUT, COMPILED = "public-structure", "torch-eager", "torch-channels-last", "torch-compile"
+HOW = {PLAIN: "plain", LAYOUT: "channels-last", COMPILED: "compiled"}
+"""The best that PyTorch can do is the fastest of these."""
+TOLERANCE = 2e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row before it is measured.
+
+    Attributes:
+        op, shape, batch: its name.
+        steps: in one call; times are given per step.
+        fn, args: our program, jitted here.
+        named: its result -> the arrays to compare.
+        peers: by name; `match` names those that do other arithmetic, with the arrays and tolerance in which they agree nevertheless.
+        loose: name of an array -> its own tolerance.
+        host: where our side is not one compiled program: what is called instead.
+        flops: of one call, if the program does not show them.
+    """
+
+    op: str
+    shape: str
+    batch: int
+    steps: int = 1
+    fn: Callable | None = None
+    args: tuple = ()
+    named: Callable[[Any], Arrays]
+    peers: Mapping[str, Peer]
+    loose: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    host: Callable[[], Any] | None = None
+    flops: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.shape}/{self.batch}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """Our side, ready."""
+
+    run: Callable[[], Any]
+    compile_seconds: float
+    trace_seconds: float
+    flops: float
+    """Of matrix products and convolutions, per call."""
+    temp_bytes: int
+
+
+def build(case: Case) -> Ours:
+    """Traces and compiles our side."""
+    if case.host is not None:
+        return Ours(case.host, 0.0, 0.0, case.flops or 0.0, 0)
+    began = time.perf_counter()
+    traced = jax.jit(case.fn).trace(*case.args)
+    flops = counters.flops(traced.jaxpr) if case.flops is None else case.flops
+    lowered = traced.lower()
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    memory = compiled.memory_analysis()
+    run = lambda: jax.block_until_ready(compiled(*case.args))
+    return Ours(run, done - middle, middle - began, flops, memory.temp_size_in_bytes)
+
+
+def differences(case: Case, ours: Arrays, theirs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Relative error of every array that both have, in the Euclidean norm.
+
+    Raises:
+        AssertionError: if there is none, or one is larger than allowed.
+    """
+    found = {}
+    for name in ours.keys() & theirs.keys():
+        one, other = _flat(ours[name]), _flat(theirs[name]())
+        assert one.shape == other.shape, f"{case.name}, {name}: shapes {one.shape} and {other.shape}"
+        found[name] = float(np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-30))
+        limit = case.loose.get(name, TOLERANCE)
+        assert found[name] <= limit, f"{case.name}: {name} differs by {found[name]:.2g}, allowed {limit:.2g}"
+    assert found, f"{case.name}: nothing to compare"
+    return found
+
+
+def _flat(value: Any) -> np.ndarray:
+    if isinstance(value, Mapping):
+        leaves = trees.flatten(value)
+        return np.concatenate([np.asarray(leaves[path], np.float64).ravel() for path in sorted(leaves)])
+    return np.asarray(value, np.float64)
