@@ -118,8 +118,10 @@ TRENDS = {
     "diversity": "diversity",
     "widths": "width s1",
     "drift": "drift",
+    "quality": "CLIP-IQA",
+    "alignment": "CLIP-T",
 }
-"""Fields of `Measures` that are plotted, with their labels."""
+"""Fields of `Measures` that are plotted where they are known, with their labels."""
 
 
 def trends(measures: Sequence[Measures]) -> list[Markup]:
@@ -128,6 +130,8 @@ def trends(measures: Sequence[Measures]) -> list[Markup]:
     looks = {"learning": ("o", MARK), "corrupting": ("o", "none"), "copying": ("s", MARK)}
     made = []
     for name, label in TRENDS.items():
+        if any(getattr(found, name) is None for found in measures):
+            continue
         values = np.array([getattr(found, name) for found in measures], np.float64).reshape(len(steps), -1)
         text = f"{label} at {len(steps)} steps, last {values[-1].mean():.3g} in the stage {measures[-1].stage}"
         with drawing(5.6, 1.3, text, f"trend-{name}") as (axes, finished):
