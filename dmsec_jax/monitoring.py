@@ -95,12 +95,21 @@ def watch(
 
 def look(watched: Monitor, step: int, params: dict[str, Params], samples: Float[AnyArray, "K H W 3"]) -> Measures:
     """Measures of the model `params` (as in a Pipeline) after `step` steps, with samples from the noise of the base model's."""
+    return judge(watched, step, samples, *respond(watched, params))
+
+
+def respond(watched: Monitor, params: dict[str, Params]) -> tuple[list[float], float]:
+    """Widths at `WIDTH_TIMES`, mean over training pictures, and drift."""
     base, prompt = watched.base, [watched.prompt]
     model_fn, tuned = pipeline.single(base, params["unet"], pipeline.contexts(base, prompt, params))
     _, before = pipeline.single(base, base.params["unet"], pipeline.contexts(base, prompt))
     asked = (watched.pictures, watched.own, watched.noise)
     widths, drift = _respond(tuned, before, *asked, model_fn=model_fn, schedule=base.schedule)
-    widths, drift = np.asarray(widths).mean(1).tolist(), float(drift)
+    return np.asarray(widths).mean(1).tolist(), float(drift)
+
+
+def judge(watched: Monitor, step: int, samples: np.ndarray, widths: list[float], drift: float) -> Measures:
+    """Measures of samples, beside what `respond` found."""
     features, scores = seen_by(watched.sight, watched.prompt, samples)
     return monitor.measure(step, samples, widths, drift, watched.known, lambda _: features, scores)
 
