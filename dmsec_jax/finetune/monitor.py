@@ -21,7 +21,8 @@ from dmsec_jax.metrics import perception, similarity
 Embed = Callable[[np.ndarray], np.ndarray]
 Stage = Literal["learning", "corrupting", "copying"]
 STAGES = ("learning", "corrupting", "copying")
-LEVEL = 0.05
+LEVEL = 0.01
+"""Of each look; a run has several, so that one in twenty would be too many false alarms."""
 STYLE = 3
 """Pictures that make a style: with fewer, the base model's samples play the different pictures."""
 
