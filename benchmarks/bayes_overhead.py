@@ -24,6 +24,8 @@ class Config:
     tuner: str = "full"
     selections: tuple[str, ...] = ("norm", "linear")
     generators: tuple[str, ...] = ("threefry2x32", "rbg")
+    activations: tuple[str, ...] = ("linear",)
+    """Selections whose noise is drawn in the outputs of their layers too (local reparameterisation)."""
     batch_size: int = 4
     rounds: int = 30
     """Each variant is timed once a round, in an order that is shuffled anew, so that a machine's moods hit all alike."""
@@ -40,6 +42,9 @@ def main(cfg: Config) -> None:
     variants = {"plain": ()} | {
         f"bayes-{name}/{generator}": (f"bayes.selection={name}", f"bayes.generator={generator}")
         for name, generator in itertools.product(cfg.selections, cfg.generators)
+    }
+    variants |= {
+        f"bayes-{name}/activations": (f"bayes.selection={name}", "bayes.noise=activations") for name in cfg.activations
     }
     console = Console(stderr=True)
     programs = {}
@@ -83,7 +88,8 @@ def _program(cfg: Config, base: pipeline.Pipeline, own: tuple[str, ...]):
     recipe = training.recipe
     mean, logvar = pipeline.encode(base, training.pictures.images)
     data = examples.Data(examples.examples(mean, pipeline.contexts(base, [training.prompt]), logvar))
-    method, settings, adapter = tuning.method_of(recipe), tuning.settings(recipe), tuning.adapter_of(recipe)
+    method = tuning.method_of(recipe, base.functions.noisy_fn)
+    settings, adapter = tuning.settings(recipe), tuning.adapter_of(recipe)
     network = {"eps_fn": base.functions.predict_fn, "adapter": adapter, "schedule": base.schedule, "text_fn": None}
     key, params = jax.random.key(0), base.params["unet"]
     state = method.init(key, params, settings, adapter=adapter)

@@ -6,27 +6,20 @@ twice as many pictures as those that need two.
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from dmsec_jax import pipeline
-from dmsec_jax.checkpoints import torch_archive
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.files import sha256
 from dmsec_jax.data.images import ImageSet
+from dmsec_jax.embedding import Embed
 from dmsec_jax.methods import finextract
 from dmsec_jax.metrics import cliques, clusters, extraction, similarity
-from dmsec_jax.models import sscd
 from dmsec_jax.pipeline import Subject
 from dmsec_jax.report import extraction_data as report
-
-Embed = Callable[[np.ndarray], np.ndarray]
-"""Pictures [N, H, W, 3] in [-1, 1] -> features [N, D] of unit length."""
 
 
 class Method(NamedTuple):
@@ -199,41 +192,6 @@ def require_clustering(clustering: str, *, number_known: bool) -> None:
     possible = number_known or clustering != "public"
     cure = "give the number or choose cliques"
     require(possible, "clustering", "told the number of training pictures to be public", "no number", cure)
-
-
-class Features(NamedTuple):
-    """What decides whether two pictures are the same one."""
-
-    label: str
-    """For the report: what a similarity is the similarity of."""
-    embed: Embed
-    inputs: dict[str, str]
-    """Label -> SHA-256 of the files it was made from."""
-
-
-@functools.cache  # one reading and one compilation, however often it is asked for
-def features_of(name: str = "hog", sscd_file: Path | None = None, preprocessing: str = "sscd-288-imagenet") -> Features:
-    """Oriented gradients ("hog"), or the network in the user's own file ("sscd") with a preprocessing of `sscd.PREPROCESSINGS`.
-
-    Raises:
-        ValueError: on unknown names, sscd without a file, a file without sscd, or a file that holds another network.
-        OSError: if it cannot be opened.
-    """
-    require(name in ("hog", "sscd"), "features", "one of hog, sscd", repr(name), "choose one of them")
-    if name == "hog":
-        require(sscd_file is None, "sscd_file", "given only for the features sscd", sscd_file, "set features to sscd")
-        return Features(similarity.HOG, similarity.embed, {})
-    cure = "name the TorchScript file of its weights, for example sscd_disc_mixup.torchscript.pt"
-    require(sscd_file is not None, "sscd_file", "given for the features sscd", sscd_file, cure)
-    known = sscd.PREPROCESSINGS
-    right = preprocessing in known
-    require(right, "preprocessing", f"one of {', '.join(known)}", repr(preprocessing), "choose one of them")
-    tensors = torch_archive.read(sscd_file)
-    cfg, params = sscd.convert({key: value for key, value in tensors.items() if not key.startswith("constants.")})
-    embed_fn = functools.partial(sscd.embed, cfg, preprocessing=preprocessing)
-    embed_fn = Partial(embed_fn, jax.tree.map(jnp.asarray, params))
-    label = f"SSCD ({sscd_file.name}, {preprocessing}), centred on the style"
-    return Features(label, functools.partial(similarity.embed, embed_fn=embed_fn), {"SSCD": sha256(sscd_file)})
 
 
 class Judge(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from dmsec_jax.core.types import Context, EpsFn, Image, Latent, Params
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.diffusion.schedule import ScheduleConfig
-from dmsec_jax.models import clip, conditioning, presets, unet, vae
+from dmsec_jax.models import clip, conditioning, noisy, presets, unet, vae
 
 
 class Functions(NamedTuple):
@@ -23,12 +23,14 @@ class Functions(NamedTuple):
     encode_fn: (params["vae"], image) -> (mean, logvar) of scaled latents.
     decode_fn: (params["vae"], scaled latent) -> image, clipped to [-1, 1].
     text_fn: (params["text_encoder"], ids) -> context [B, L, D]; with two text encoders, (both their params, a `Prompt`) -> context.
+    noisy_fn: (params["unet"], sigma, key, z_t, t, context) -> prediction, with noise in the outputs of Dense layers (`models.noisy`).
     """
 
     predict_fn: EpsFn
     encode_fn: Callable[[Params, Image], tuple[Latent, Latent]]
     decode_fn: Callable[[Params, Latent], Image]
     text_fn: Callable[[Any, Any], Context]
+    noisy_fn: Callable[..., Latent] | None = None
 
 
 class Prompt(NamedTuple):
@@ -68,8 +70,13 @@ def functions(
         tokens = jnp.concatenate([first.penultimate, second.penultimate], -1) * spoken[..., None]
         return conditioning.pack(tokens, second.pooled * spoken, jnp.asarray(prompt.sizes, jnp.float32))
 
+    predict_fn = functools.partial(unet.apply, unet_cfg)
+
+    def noisy_fn(params, sigma, key, z_t, t, context):
+        return noisy.with_noise(lambda: predict_fn(params, z_t, t, context), sigma, key)
+
     text = text_fn if text_2_cfg is None else two_texts_fn
-    return Functions(functools.partial(unet.apply, unet_cfg), encode_fn, decode_fn, text)
+    return Functions(predict_fn, encode_fn, decode_fn, text, noisy_fn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,11 @@ def check(recipe: Recipe, params: Params, schedule: ScheduleConfig) -> None:
     adapters.count(adapter, params)
     if recipe.bayes is not None:
         bayes_dm.check(cfg)
+        local = recipe.bayes.noise == "activations"
+        fits = not local or (tuner_of(recipe) == "full" and recipe.tune.accumulation == 1)
+        require(
+            fits, "bayes.noise", "activations only with full weights, without accumulation", "others", "use weights"
+        )
     jax.eval_shape(
         lambda key, params: method_of(recipe).init(key, params, cfg, adapter=adapter), jax.random.key(0), params
     )
@@ -123,9 +128,16 @@ def tuner_of(recipe: Recipe) -> str:
     return "lora" if recipe.lora is not None else "oft" if recipe.oft is not None else "full"
 
 
-def method_of(recipe: Recipe) -> Method:
-    """How a recipe trains."""
-    return driver.DREAMBOOTH if recipe.bayes is None else BAYES
+def method_of(recipe: Recipe, noisy_fn: bayes_dm.NoisyFn | None = None) -> Method:
+    """How a recipe trains; `noisy_fn` as in `Functions`, for noise of activations."""
+    if recipe.bayes is None:
+        return driver.DREAMBOOTH
+    return _noisy(noisy_fn) if recipe.bayes.noise == "activations" else BAYES
+
+
+@functools.cache  # one object, so that a second training does not compile again
+def _noisy(noisy_fn) -> Method:
+    return BAYES._replace(run=functools.partial(bayes_dm.advance, noisy_fn=noisy_fn))
 
 
 def settings(recipe: Recipe) -> dreambooth.Config:
@@ -179,7 +191,7 @@ def tune(
         return examples.examples(mean, jnp.asarray(encode_prompts(prompts)), logvar)
 
     data = examples.Data(rows(pictures, prompts), None if prior is None else rows(*prior))
-    method = method_of(chosen)
+    method = method_of(chosen, base.functions.noisy_fn)
     options = {"text_fn": base.functions.text_fn} if text_encoder else {}
     if checkpoints is not None:
         options["save"], options["restore"] = driver.on_disk(checkpoints, origin, method)
@@ -217,8 +229,9 @@ def mean(chosen: Recipe, state: Any) -> Params:
 
 
 def deviations(chosen: Recipe, state: Any) -> Params | None:
-    """sigma of the posterior's leaves; None without a posterior."""
-    return None if chosen.bayes is None else spread.gathered(bayes_dm.deviations(state.raw, chosen.bayes))
+    """sigma of the posterior's leaves; None without a posterior, and with dropout, which has none."""
+    none = chosen.bayes is None or chosen.bayes.noise == "dropout"
+    return None if none else spread.gathered(bayes_dm.deviations(state.raw, chosen.bayes))
 
 
 def merged(

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmsec_jax import audit
+from dmsec_jax import audit, embedding
 from dmsec_jax.core import trees
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.metrics import similarity
@@ -147,12 +147,12 @@ def sscd_file(monkeypatch, tmp_path):
     path = tmp_path / "net.pt"
     path.write_bytes(b"weights")
     state = sscd_state(TINY_SSCD) | {"constants.0": np.zeros(2)}
-    monkeypatch.setattr(audit.torch_archive, "read", lambda file: state)
+    monkeypatch.setattr(embedding.torch_archive, "read", lambda file: state)
     return path
 
 
 def test_sscd_compiles_once_and_finds_copies(sscd_file):
-    features = audit.features_of("sscd", sscd_file, "dcr-256-224-half")
+    features = embedding.features_of("sscd", sscd_file, "dcr-256-224-half")
     assert features.label == "SSCD (net.pt, dcr-256-224-half), centred on the style"
     assert features.inputs.keys() == {"SSCD"}
     members, compiled = noise(3, 0), similarity._apply._cache_size()
@@ -167,11 +167,15 @@ def test_sscd_compiles_once_and_finds_copies(sscd_file):
 
 
 def test_features_say_what_is_missing(tmp_path, sscd_file):
-    with pytest.raises(ValueError, match="features must be one of hog, sscd, got 'clip'"):
-        audit.features_of("clip")
+    with pytest.raises(ValueError, match="features must be one of hog, sscd, clip, dino, dino-last-4, got 'vgg'"):
+        embedding.features_of("vgg")
+    with pytest.raises(ValueError, match="weights must be given for the features clip, got None; name the folder"):
+        embedding.features_of("clip")
+    with pytest.raises(ValueError, match="weights must be given only for clip and dino"):
+        embedding.features_of("sscd", sscd_file, weights=tmp_path)
     with pytest.raises(ValueError, match="sscd_file must be given for the features sscd, got None; name the Torch"):
-        audit.features_of("sscd")
+        embedding.features_of("sscd")
     with pytest.raises(ValueError, match="sscd_file must be given only for the features sscd"):
-        audit.features_of("hog", sscd_file)
+        embedding.features_of("hog", sscd_file)
     with pytest.raises(ValueError, match="preprocessing must be one of sscd-288-imagenet, dcr-256-224-half, got 'raw'"):
-        audit.features_of("sscd", sscd_file, "raw")
+        embedding.features_of("sscd", sscd_file, "raw")

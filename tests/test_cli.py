@@ -82,7 +82,18 @@ def test_demo_trains_on_all_pictures_where_hold_outs_are_given(tmp_path):
 def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory, tmp_path):
     pictures = folder_of(tmp_path_factory.mktemp("more"), 6)
     model = ["--model", str(tiny_folder), "--images", str(pictures), "--prompt", "a red dog", "--number", "4"]
-    fast = ["--membership.num-steps", "2", "--membership.num-draws", "2", "--membership.tile", "2", "--protected", "2"]
+    fast = [
+        "--looks",
+        "2",
+        "--membership.num-steps",
+        "2",
+        "--membership.num-draws",
+        "2",
+        "--membership.tile",
+        "2",
+        "--protected",
+        "2",
+    ]
     assert cli.main(["demo", *model, "--out", str(tmp_path), *STEPS, *SMALL, *fast]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     found = {row["method"] for row in result["rows"] if row["metric"] == "AS"}
@@ -97,6 +108,13 @@ def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory
     assert [row["case"]["purifier"] for row in rises] == ["none", *demo.PURIFIERS]
     assert all(row["n"] == 2 and np.isfinite(row["value"]) for row in rises)
     assert (tmp_path / "protection" / "report.html").is_file()
+    assert [one["step"] for one in result["details"]["stages"]] == [0, 2, 4]
+    stages = json.loads((tmp_path / "stages" / "result.json").read_text())["details"]["stages"]
+    assert stages["plain"] == result["details"]["stages"]
+    assert [one["step"] for one in stages["bayes"]] == [0, 2, 4]
+    assert stages["bayes"][0] == stages["plain"][0]
+    assert stages["bayes"][-1] != stages["plain"][-1]
+    assert "With a posterior over the weights (norm)" in (tmp_path / "stages" / "report.html").read_text()
 
 
 @pytest.mark.slow  # compiles for long

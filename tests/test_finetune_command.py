@@ -158,6 +158,11 @@ def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
     (["--bayes", "norm", "--set", "bayes.sigma0=-1"], "sigma0 must be at least 0 and finite, got -1"),
     (["--stop-at", "copying", "--sample-every", "0"], "stop_at must be never without samples, got copying"),
     (["--sheets", "posterior"], "sheets must be mean without a posterior"),
+    (["--sheets", "posterior", "--bayes", "norm", "--set", "bayes.noise=dropout"], "sheets must be mean without a post"),
+    (["--bayes", "norm", "--set", "bayes.noise=activations", "lora.rank=1", "bayes.selection=lora-up"], "activations only with"),
+    (["--bayes", "norm", "--set", "bayes.dropout=1"], "dropout must be in [0, 1), got 1"),
+    (["--features", "clip"], "weights must be given for the features clip"),
+    (["--clip", "nowhere"], "nowhere/config.json"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_anything_is_done(
     tiny_folder, pictures, tmp_path, capsys, monkeypatch, options, message

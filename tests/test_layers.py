@@ -22,6 +22,7 @@ FLOOR = {
     "methods": 4,
     "functions": 4,
     "parallel": 4,
+    "embedding": 5,
     "loading": 5,
     "launch": 5,
     "report": 6,

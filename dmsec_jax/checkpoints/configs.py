@@ -144,13 +144,14 @@ TEXT_ENCODER_2 = dataclasses.replace(
 """Of the second text encoder of Stable Diffusion XL."""
 
 
-def read_config(values: Mapping[str, Any], fmt: Format, name: str) -> Any:
+def read_config(values: Mapping[str, Any], fmt: Format, name: str, **ours: Any) -> Any:
     """The dataclass `fmt.config` that a parsed `config.json` describes.
 
     Args:
         values: the JSON object; keys that begin with "_" are notes of the foreign library.
         fmt: `UNET`, `VAE` or `TEXT_ENCODER`.
         name: what to call the file in errors.
+        ours: fields that the foreign class does not have, where the default does not fit.
 
     Raises:
         ValueError: on an unknown option, a value that means a network that we do not have, or one of the wrong type;
@@ -166,7 +167,7 @@ def read_config(values: Mapping[str, Any], fmt: Format, name: str) -> Any:
         value = values.get(key, only)
         same = value == only or (value in (None, False) and only in (None, False))
         require(same, f"{name}: {key}", repr(only), repr(value)[:200], OTHER_NETWORK)
-    cfg = from_dict(fmt.config, {key: values.get(key, default) for key, default in fmt.absent.items()}, name)
+    cfg = from_dict(fmt.config, {key: values.get(key, default) for key, default in fmt.absent.items()} | ours, name)
     _check_numbers(cfg, fmt, name)
     for key, only in fmt.repeated.items():
         wanted = [only] * len(cfg.block_out_channels)

@@ -23,6 +23,7 @@ from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import remove
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
+from dmsec_jax.embedding import Features, features_of
 from dmsec_jax.methods import finextract
 from dmsec_jax.report import extraction as report
 from dmsec_jax.report import page
@@ -58,11 +59,14 @@ class Settings:
     batch_size: int = 50
     """Pictures sampled at once; does not change the result."""
     features: str = "hog"
-    """What decides that two pictures are the same: hog (oriented gradients), or sscd (a network for copies, of your own file)."""
+    """What decides that two pictures are the same: hog (oriented gradients), or a network in your own files: sscd (made for copies), clip, dino,
+    dino-last-4 (its last four layers)."""
     sscd_file: Path | None = None
     """SSCD's weights, a TorchScript file such as sscd_disc_mixup.torchscript.pt; none comes with this package."""
     preprocessing: str = "sscd-288-imagenet"
     """Of SSCD: sscd-288-imagenet, what its authors recommend, or dcr-256-224-half, what FineXtract's public code does."""
+    feature_weights: Path | None = None
+    """Of clip or dino: the folder of a transformers model; for DINO also its authors' file."""
     clustering: str = "cliques"
     """Of the pictures: cliques, agglomerative (fast for thousands), or public (FineXtract's public code: perhaps more groups than pictures)."""
     false_match_rate: float = 0.01
@@ -222,12 +226,12 @@ def same_model(base: pipeline.Pipeline, tuned: pipeline.Pipeline) -> list[str]:
     return notes
 
 
-def check(settings: Settings, *, number_known: bool = True) -> audit.Features:
+def check(settings: Settings, *, number_known: bool = True) -> Features:
     """Refuses, before anything is computed, what cannot be done; returns the features.
 
     Raises:
-        ValueError: on numbers out of range, unknown, repeated or missing methods or guidances, or what `audit` refuses.
-        OSError: if SSCD's file cannot be opened.
+        ValueError: on numbers out of range, unknown, repeated or missing methods or guidances, or what `audit` and `embedding` refuse.
+        OSError: if the network's file cannot be opened.
     """
     least = max((audit.method_of(name).evaluations for name in settings.methods), default=1)
     counts = {"evaluations": max(least, 2), "num_steps": 1, "batch_size": 1}
@@ -248,7 +252,7 @@ def check(settings: Settings, *, number_known: bool = True) -> audit.Features:
     require(len(set(names)) == len(names), "methods, w and k", "different ones", ", ".join(names), "name each once")
     audit.sampler_of(settings.sampler)
     audit.require_clustering(settings.clustering, number_known=number_known)
-    return audit.features_of(settings.features, settings.sscd_file, settings.preprocessing)
+    return features_of(settings.features, settings.sscd_file, settings.preprocessing, settings.feature_weights)
 
 
 def guidances(settings: Settings, name: str) -> list[tuple[float, float]]:

@@ -67,6 +67,7 @@ class Config:
     """Train the text encoder too."""
     sample_every: int = 100
     """Steps between sample sheets, each of which the monitor looks at; 0 draws none."""
+    sight: tyro.conf.OmitArgPrefixes[monitoring.Sight] = monitoring.Sight()
     stop_at: Literal["never", "corrupting", "copying"] = "never"
     """End the training when the monitor finds this stage, or one beyond it."""
     seed: int = 0
@@ -154,7 +155,7 @@ class _Sheets:
             return
         before = pipeline.sample(key, base, cfg.prompt, SAMPLES)
         key_watch = jax.random.fold_in(key, SAMPLES + 1)
-        self.watched = monitoring.watch(key_watch, base, inputs.pictures.images, cfg.prompt, before)
+        self.watched = monitoring.watch(key_watch, base, inputs.pictures.images, cfg.prompt, before, cfg.sight)
         for step in range(cfg.sample_every, chosen.tune.num_steps + 1, cfg.sample_every):
             with contextlib.suppress(ValueError, OSError):  # a damaged sheet must not cost the trained model
                 self.measures[step] = monitoring.read(self._path(step, "json"))
@@ -213,10 +214,11 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     require(given, "prior_prompt", "given with prior_images", None, "say what the class is")
     watched = cfg.stop_at == "never" or cfg.sample_every > 0
     require(watched, "stop_at", "never without samples", cfg.stop_at, "give --sample-every")
-    possible = cfg.sheets == "mean" or chosen.bayes is not None
+    possible = cfg.sheets == "mean" or (chosen.bayes is not None and chosen.bayes.noise != "dropout")
     require(possible, "sheets", "mean without a posterior", cfg.sheets, "name a selection with --bayes")
     for place in (*reversed(cfg.out.parents), cfg.out, *(cfg.out / name for name in FOLDERS)):
         require(place.is_dir() or not place.exists(), str(place), "a folder", "a file", "choose another --out")
+    cfg.sight.check(cfg.prompt)
     model = cfg.out / "model"
     ours = not model.exists() or (model / diffusers.INDEX).is_file() or not any(model.iterdir())
     require(ours, str(model), "a model folder or nothing", "something else", "choose another --out")
@@ -256,6 +258,7 @@ def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe) -> dict
         "prior": None if cfg.prior_prompt is None else {"prompt": cfg.prior_prompt, "pictures": drawn},
         "text_encoder": cfg.text_encoder,
         "sheets": cfg.sheets,
+        "sight": {name: str(value) for name, value in vars(cfg.sight).items() if value is not None},
         "recipe": settings,
     }
 
@@ -288,7 +291,7 @@ def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tu
         pictures=pictures.images,
         names=pictures.names,
         course=course,
-        notes=(*pipeline.misfits("starting", base), *pictures.notes),
+        notes=(*pipeline.misfits("starting", base), *pictures.notes, *(cfg.sight.notes if course.measures else ())),
         command=page.command_line(sys.argv[1:]),
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
         seeds={"seed": cfg.seed},

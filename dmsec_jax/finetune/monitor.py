@@ -7,7 +7,7 @@
 Both are tests at the level `LEVEL`, of samples that are few: a stage is evidence, not a measurement. The rest of `Measures` says why.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,12 +16,13 @@ from scipy import stats
 
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import AnyArray
-from dmsec_jax.metrics import similarity
-from dmsec_jax.metrics.similarity import EmbedFn
+from dmsec_jax.metrics import perception, similarity
 
+Embed = Callable[[np.ndarray], np.ndarray]
 Stage = Literal["learning", "corrupting", "copying"]
 STAGES = ("learning", "corrupting", "copying")
-LEVEL = 0.05
+LEVEL = 0.01
+"""Of each look; a run has several, so that one in twenty would be too many false alarms."""
 STYLE = 3
 """Pictures that make a style: with fewer, the base model's samples play the different pictures."""
 
@@ -37,6 +38,17 @@ class Reference(NamedTuple):
     """That a sample which copies nothing reaches the threshold, at most."""
     training_noise: float
     base_noise: Float[np.ndarray, "K"]
+
+
+class Scores(NamedTuple):
+    """What networks say of the samples; None where they were not asked. As in `Measures`."""
+
+    diversity: float | None = None
+    quality: float | None = None
+    alignment: float | None = None
+
+
+UNASKED = Scores()
 
 
 class Measures(NamedTuple):
@@ -56,9 +68,13 @@ class Measures(NamedTuple):
     noise_p: float
     """Wilcoxon's, one-sided: samples are noisier than the base model's and the training pictures."""
     diversity: float
-    """Mean of 1 - cosine over pairs of samples."""
+    """Mean distance over pairs of samples: as the caller measures it (LPIPS), or 1 - cosine of features."""
     drift: float
     """From the base model, on its own pictures   (`response.drift`)."""
+    quality: float | None = None
+    """CLIP-IQA, where CLIP's weights are given; without, the noise level has to do."""
+    alignment: float | None = None
+    """CLIP-T likewise: mean cosine of samples and the prompt."""
 
     @property
     def stage(self) -> Stage:
@@ -83,7 +99,7 @@ def noise_levels(images: Float[AnyArray, "N H W 3"]) -> Float[np.ndarray, "N"]:
 def reference(
     training: Float[AnyArray, "N H W 3"],
     base_samples: Float[AnyArray, "K H W 3"],
-    embed_fn: EmbedFn = similarity.oriented_gradients,
+    embed: Embed = similarity.embed,
 ) -> Reference:
     """What `measure` compares with.
 
@@ -91,8 +107,9 @@ def reference(
         training: the pictures that are learnt, in [-1, 1].
         base_samples: of the model before its fine-tuning, from the noise that later samples start from too. With fewer than `STYLE` training
             pictures they also set the copy threshold: what is merely the style then counts as a copy.
+        embed: pictures -> features of unit length.
     """
-    features, strangers = (similarity.embed(pictures, embed_fn) for pictures in (training, base_samples))
+    features, strangers = (embed(pictures) for pictures in (training, base_samples))
     distinct = np.unique(features.round(5), axis=0)  # a picture given twice is no pair of different ones
     if len(distinct) >= STYLE:
         mean = distinct.mean(0)
@@ -117,31 +134,34 @@ def measure(
     widths: Sequence[float],
     drift: float,
     known: Reference,
-    embed_fn: EmbedFn = similarity.oriented_gradients,
+    embed: Embed = similarity.embed,
+    scores: Scores = UNASKED,
 ) -> Measures:
-    """Measures of `samples` in [-1, 1], as many as the base model's and in the order of their starting noise.
+    """Measures of `samples` in [-1, 1], as many as the base model's and in the order of their starting noise; `embed` as of `known`.
 
     Raises:
         ValueError: on another number of samples.
     """
     count = len(known.base_noise)
     require(len(samples) == count, "samples", f"{count}, as many as of the base model", len(samples), "draw as many")
-    features = similarity.embed(samples, embed_fn)
+    features = embed(samples)
     near = _centred(features, known) @ _centred(known.features, known).T
     hits = int((near.max(1) >= known.threshold).sum())
     noise = noise_levels(samples)
     excess = noise - np.maximum(known.base_noise, known.training_noise)
-    pairs = (features @ features.T)[np.triu_indices(count, 1)]
+    unlike = perception.diversity(1 - features @ features.T) if scores.diversity is None else scores.diversity
     return Measures(
         step=step,
         widths=tuple(float(width) for width in widths),
-        fidelity=float((features @ known.features.T).mean()),
+        fidelity=perception.fidelity(features, known.features),
         copied=hits / count,
         copied_p=float(stats.binom.sf(hits - 1, count, known.chance)),
         noise=float(noise.mean()),
         noise_p=float(stats.wilcoxon(excess, alternative="greater").pvalue) if excess.any() else 1.0,
-        diversity=float(1 - pairs.mean()) if len(pairs) else 0.0,
+        diversity=unlike,
         drift=float(drift),
+        quality=scores.quality,
+        alignment=scores.alignment,
     )
 
 

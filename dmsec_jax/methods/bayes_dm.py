@@ -7,6 +7,7 @@ Algorithm, per step (paper, Eqs. 3 and 4, Algorithm 1)
     1. theta ~ Q = N(mu, diag(sigma^2)) on the selected leaves of the trainable tree, the others as they are (`perturbed`).
     2. J = E_theta [L_instance(theta) + prior_weight L_prior(theta)] + kl_weight KL(Q || P),   P = N(mu_0, sigma_0^2 I)
     3. AdamW on mu as DreamBooth's; Adam on sigma with a rate of its own and without weight decay.
+    With `noise="activations"` Dense layers draw what theta does to their outputs, each row for itself (local reparameterisation); the rest as above.
     Inference takes mu, which costs nothing (`mean`); `sample` draws other models.
 
 Symbols
@@ -19,10 +20,13 @@ Deviations: public code, and what is here by default (the public behaviour by na
       (`kl_scale="sum"`; test_kl_does_not_depend_on_the_number_of_weights).
     - Trains sigma with mu's rate and weight decay: a rate of its own and none (`sigma_rate`, `sigma_decay`; test_sigma_has_its_own_rate_and_decay).
     - One theta for instance and class pictures: so does this (`halves="separate"` draws two; test_halves_can_have_weights_of_their_own).
+
+Baselines, under the same selections: a sigma that stays (`sigma_rate=0`), dropout (`noise="dropout"`), averages of mu (`ema_decay`, `swa_start`).
 """
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -33,7 +37,7 @@ from jaxtyping import Array, Bool, Float
 from dmsec_jax.core import trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
-from dmsec_jax.core.types import EpsFn, Key, Params
+from dmsec_jax.core.types import EpsFn, Key, Latent, Params
 from dmsec_jax.diffusion.schedule import ScheduleConfig
 from dmsec_jax.finetune import dreambooth
 from dmsec_jax.finetune.adapters import Adapter
@@ -53,6 +57,8 @@ SELECTIONS = {
     "oft": (r"/generator$",),
 }
 """Named selections of leaves: for full fine-tuning of a UNet, then for LoRA and OFT. "norm" is the paper's best in fidelity, at no memory."""
+NoisyFn = Callable[..., Latent]
+"""(params, sigma, key, z_t, t, context) -> the prediction with the weights' noise drawn in the outputs of the Dense layers that `sigma` names."""
 START, WEIGHTS = 2**32 - 2, 2**32 - 3
 """Folded in for the initial state and for the weights' noise; no step counts so far."""
 
@@ -65,6 +71,8 @@ class Posterior:
     sigma_min: lower bound of sigma with the direct parameterisation.
     sigma_rate: learning rate of sigma; 0 freezes it.
     kl_weight: lambda; the paper takes 0, or 0.1 with the sum over weights.
+    dropout: with `noise="dropout"`, how often what was learnt of a weight is dropped: theta = mu_0 + keep (mu - mu_0) / (1 - dropout), keep 0 or 1
+        (Lee et al., "Mixout", ICLR 2020, Eq. 5); sigma then plays no part.
     """
 
     sigma0: float = 0.01
@@ -72,6 +80,8 @@ class Posterior:
     sigma_rate: float = 5e-6
     sigma_decay: float = 0.0
     kl_weight: float = 0.0
+    dropout: float = 0.1
+    noise: Literal["weights", "activations", "dropout"] = "weights"
     selection: str | tuple[str, ...] = "norm"  # of SELECTIONS, or regular expressions over paths of the trainable tree
     parameterisation: Literal["direct", "softplus"] = "direct"
     kl: Literal["posterior-prior", "prior-posterior"] = "posterior-prior"
@@ -136,6 +146,7 @@ def check(cfg: Posterior) -> None:
     require(cfg.weight_samples >= 1, "weight_samples", "at least 1", cfg.weight_samples, "draw one or more")
     for name in ("sigma0", "sigma_min", "sigma_rate", "sigma_decay", "kl_weight"):
         require(0 <= getattr(cfg, name) < math.inf, name, "at least 0 and finite", getattr(cfg, name), "correct it")
+    require(0 <= cfg.dropout < 1, "dropout", "in [0, 1)", cfg.dropout, "for example 0.1")
     reached = cfg.parameterisation == "direct" or cfg.sigma0 > 0
     require(reached, "sigma0", "positive with softplus", cfg.sigma0, "use the direct parameterisation for no noise")
 
@@ -172,6 +183,25 @@ def perturbed(key: Key, trainable: Params, sigma: Params) -> Params:
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         flat[path] = flat[path] + scale * jax.random.normal(own, scale.shape)
     return trees.unflatten(flat)
+
+
+def dropped(key: Key, trainable: Params, prior: Params, rate: float | Float[Array, ""]) -> Params:
+    """Mixout on the leaves that `prior` holds, which is their centre; a leaf's mask depends on the key and on its path alone."""
+    flat = trees.flatten(trainable)
+    for path, centre in trees.flatten(prior).items():
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        keep = jax.random.bernoulli(own, 1 - rate, centre.shape)
+        flat[path] = centre + jnp.where(keep, flat[path] - centre, 0.0) / (1 - rate)
+    return trees.unflatten(flat)
+
+
+def dense(sigma: Params) -> tuple[Params, Params]:
+    """The part of `sigma` that belongs to Dense layers (kernels [I, O] and the biases beside them), and the rest."""
+    flat = trees.flatten(sigma)
+    wide = {path.rpartition("/")[0] for path, leaf in flat.items() if path.endswith("kernel") and leaf.ndim == 2}
+    mine = {path for path in flat if path.rpartition("/")[0] in wide and path.endswith(("kernel", "bias"))}
+    parts = ({path: leaf for path, leaf in flat.items() if (path in mine) == chosen} for chosen in (True, False))
+    return tuple(trees.unflatten(part) for part in parts)
 
 
 def mean(state: State) -> Params:
@@ -212,21 +242,30 @@ def step(
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
     axis_name: str | None = None,
+    noisy_fn: NoisyFn | None = None,
 ) -> tuple[State, Info]:
     """One optimiser step on `batch`, with pictures corrupted as `dreambooth.step` does with the same key, and shared among devices
-    likewise: all of them draw the same weights.
+    likewise: all of them draw the same weights. `noisy_fn`, of the same network as `eps_fn`, is for noise of activations.
 
     Raises:
-        ValueError: on what `dreambooth.gradients` refuses.
+        ValueError: on what `dreambooth.gradients` refuses, and on noise of activations without `noisy_fn`, with a text encoder, with
+            accumulation, or under `pmap`: every row must draw noise of its own.
     """
-    network = {"eps_fn": eps_fn, "schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
+    network = {"schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
     trainable = {"mu": state.tuned.trainable, "raw": state.raw}
+    if cfg.noise == "activations":
+        alone = noisy_fn is not None and text_fn is None and axis_name is None and cfg.accumulation == 1
+        cure = 'train full weights of the UNet alone, or take noise="weights"'
+        require(alone, "noise", "of weights unless rows are drawn at once by a noisy_fn", "activations", cure)
 
     def at(own: Key, part: Data):
         """Gradient of mu and raw at one draw of the weights."""
-        merge = lambda base, both: adapter.merge(base, perturbed(own, both["mu"], deviations(both["raw"], cfg)))
+        merge = lambda base, both: _drawn(own, base, both, state.prior, cfg, adapter)
+        fn = eps_fn
+        if cfg.noise == "activations":
+            fn = lambda drawn, *inputs: noisy_fn(drawn["params"], drawn["sigma"], own, *inputs)
         noisy = Adapter(adapter.init, merge)
-        return dreambooth.gradients(key, trainable, part, params, cfg, adapter=noisy, **network)
+        return dreambooth.gradients(key, trainable, part, params, cfg, eps_fn=fn, adapter=noisy, **network)
 
     def draw(total, k):
         own = _weight_key(key, k, cfg)
@@ -244,15 +283,7 @@ def step(
     total, (instance, prior) = jax.lax.scan(draw, zeros, jnp.arange(cfg.weight_samples))
     grads = jax.tree.map(lambda leaf: leaf / cfg.weight_samples, total)
 
-    def penalty(both):
-        chosen = selected(both["mu"], cfg)
-        return divergence(chosen, deviations(both["raw"], cfg), state.prior, cfg)
-
-    kl, pull = jax.value_and_grad(penalty)(trainable)
-    # a weight of zero must not turn an infinite divergence (sigma = 0) into NaN
-    grads = jax.tree.map(lambda a, b: a + jnp.where(cfg.kl_weight > 0, cfg.kl_weight * b, 0.0), grads, pull)
-    # frozen sigmas must not take part in the clipping of the others
-    grads["raw"] = jax.tree.map(lambda leaf: jnp.where(cfg.sigma_rate > 0, leaf, 0.0), grads["raw"])
+    grads, kl = _regularised(grads, trainable, state.prior, cfg)
     norm = optax.tree.norm(grads)
     loss = instance.mean() + cfg.prior_weight * prior.mean()
     sigma = deviations(state.raw, cfg)
@@ -279,10 +310,12 @@ def run(
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
     axis_name: str | None = None,
+    noisy_fn: NoisyFn | None = None,
 ) -> tuple[State, Info]:
     """All `cfg.num_steps` steps as one `scan`; step i uses fold_in(key, i) and sees `dreambooth.draw(key, i, data, cfg)`."""
     state = init(jax.random.fold_in(key, START), params, cfg, adapter=adapter)
     options = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
+    options["noisy_fn"] = noisy_fn
     return advance(key, state, data, params, cfg, num_steps=cfg.num_steps, **options)
 
 
@@ -296,6 +329,31 @@ def advance(
         return step(jax.random.fold_in(key, i), state, batch, params, cfg, **options)
 
     return jax.lax.scan(body, state, state.tuned.step + jnp.arange(num_steps))
+
+
+def _drawn(key: Key, base: Params, both: dict[str, Params], prior: Params, cfg: Config, adapter: Adapter) -> Params:
+    """The network's parameters at one draw; for noise of activations "params" and the "sigma" that is left to the network."""
+    if cfg.noise == "dropout":
+        return adapter.merge(base, dropped(key, both["mu"], prior, cfg.dropout))
+    sigma = deviations(both["raw"], cfg)
+    if cfg.noise == "weights":
+        return adapter.merge(base, perturbed(key, both["mu"], sigma))
+    layers, rest = dense(sigma)
+    return {"params": adapter.merge(base, perturbed(key, both["mu"], rest)), "sigma": layers}
+
+
+def _regularised(grads: Params, both: dict[str, Params], prior: Params, cfg: Config) -> tuple[Params, Float[Array, ""]]:
+    """The gradient with that of the KL term, and KL."""
+
+    def penalty(both):
+        return divergence(selected(both["mu"], cfg), deviations(both["raw"], cfg), prior, cfg)
+
+    kl, pull = jax.value_and_grad(penalty)(both)
+    # a weight of zero must not turn an infinite divergence (sigma = 0) into NaN
+    grads = jax.tree.map(lambda a, b: a + jnp.where(cfg.kl_weight > 0, cfg.kl_weight * b, 0.0), grads, pull)
+    # frozen sigmas must not take part in the clipping of the others
+    grads["raw"] = jax.tree.map(lambda leaf: jnp.where(cfg.sigma_rate > 0, leaf, 0.0), grads["raw"])
+    return grads, kl
 
 
 def _weight_key(key: Key, k, cfg: Config) -> Key:

@@ -30,8 +30,22 @@ LEGACY_EOS_TOKEN_ID = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """Field names of `transformers.CLIPTextConfig`, defaults of SD 1.x; `dtype` (compute) is ours.
+class TowerConfig:
+    """What layers of both towers are made by, in the names of transformers; `dtype` (compute) is ours."""
+
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(TowerConfig):
+    """Field names of `transformers.CLIPTextConfig`, defaults of SD 1.x.
 
     `eos_token_id=2` is what configs written before transformers 4.32 say, whatever the vocabulary: there the end token
     is the one with the largest id.
@@ -44,12 +58,9 @@ class TextConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
     pad_token_id: int = 1
     bos_token_id: int = 49406
     eos_token_id: int = 49407
-    dtype: str = "float32"
 
 
 class TextOutput(NamedTuple):
@@ -112,7 +123,7 @@ def apply_projected(cfg: TextConfig, params: Params, ids: Int[Array | np.ndarray
     return output._replace(pooled=(output.pooled.astype(cfg.dtype) @ kernel).astype(jnp.float32))
 
 
-def check_config(cfg: TextConfig) -> None:
+def check_config(cfg: TowerConfig) -> None:
     """Raises ValueError on settings that this architecture does not have."""
     if cfg.hidden_size % cfg.num_attention_heads:
         raise fail(
@@ -148,9 +159,10 @@ class TextModel(nn.Module):
     @nn.compact
     def __call__(self, ids):
         x = Embeddings(self.cfg, name="embeddings")(ids).astype(self.cfg.dtype)
-        x, penultimate = Encoder(self.cfg, name="encoder")(x)
+        causal = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
+        x, states = Encoder(self.cfg, name="encoder")(x, causal)
         x = layer_norm(self.cfg, "final_layer_norm")(x)
-        return x.astype(jnp.float32), penultimate.astype(jnp.float32)
+        return x.astype(jnp.float32), states[-2].astype(jnp.float32)
 
 
 class TextModelWithProjection(nn.Module):
@@ -178,48 +190,46 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers; also returns the input of the last one."""
+    """The stack of layers; also returns the states before the first layer and after each one. `mask` [L, L] as `attention`'s."""
 
-    cfg: TextConfig
+    cfg: TowerConfig
 
     @nn.compact
-    def __call__(self, x):
-        penultimate = x
+    def __call__(self, x, mask=None):
+        states = [x]
         for i in range(self.cfg.num_hidden_layers):
-            penultimate = x
-            x = EncoderLayer(self.cfg, name=f"layers_{i}")(x)
-        return x, penultimate
+            states.append(EncoderLayer(self.cfg, name=f"layers_{i}")(states[-1], mask))
+        return states[-1], tuple(states)
 
 
 class EncoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    cfg: TextConfig
+    cfg: TowerConfig
 
     @nn.compact
-    def __call__(self, x):
-        x = x + CausalAttention(self.cfg, name="self_attn")(layer_norm(self.cfg, "layer_norm1")(x))
+    def __call__(self, x, mask=None):
+        x = x + SelfAttention(self.cfg, name="self_attn")(layer_norm(self.cfg, "layer_norm1")(x), mask)
         return x + MLP(self.cfg, name="mlp")(layer_norm(self.cfg, "layer_norm2")(x))
 
 
-class CausalAttention(nn.Module):
-    """Multi-head self-attention in which token i sees tokens 0..i; softmax in float32."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; softmax in float32."""
 
-    cfg: TextConfig
+    cfg: TowerConfig
 
     @nn.compact
-    def __call__(self, x):
-        cfg, (length, width) = self.cfg, x.shape[1:]
+    def __call__(self, x, mask=None):
+        cfg, width = self.cfg, x.shape[-1]
         split = lambda a: rearrange(a, "b l (h d) -> b l h d", h=cfg.num_attention_heads)
         q, k, v = (split(dense(cfg, f"{name}_proj", width)(x)) for name in "qkv")
-        mixed = attention(q, k, v, mask=jnp.tril(jnp.ones((length, length), bool)))
-        return dense(cfg, "out_proj", width)(rearrange(mixed, "b l h d -> b l (h d)"))
+        return dense(cfg, "out_proj", width)(rearrange(attention(q, k, v, mask=mask), "b l h d -> b l (h d)"))
 
 
 class MLP(nn.Module):
     """Two dense layers around the activation."""
 
-    cfg: TextConfig
+    cfg: TowerConfig
 
     @nn.compact
     def __call__(self, x):
@@ -227,11 +237,11 @@ class MLP(nn.Module):
         return dense(self.cfg, "fc2", self.cfg.hidden_size)(ACTIVATIONS[self.cfg.hidden_act](hidden))
 
 
-def dense(cfg: TextConfig, name: str, features: int) -> nn.Dense:
+def dense(cfg: TowerConfig, name: str, features: int) -> nn.Dense:
     """A dense layer in the compute dtype with float32 parameters."""
     return nn.Dense(features, dtype=cfg.dtype, name=name)
 
 
-def layer_norm(cfg: TextConfig, name: str) -> nn.LayerNorm:
+def layer_norm(cfg: TowerConfig, name: str) -> nn.LayerNorm:
     """Layer norm whose statistics are float32 and whose output has the compute dtype."""
     return nn.LayerNorm(epsilon=cfg.layer_norm_eps, dtype=cfg.dtype, use_fast_variance=False, name=name)

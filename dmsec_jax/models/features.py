@@ -120,6 +120,15 @@ def distance(cfg: FeaturesConfig, params: Params, a: Pictures, b: Pictures) -> F
     return total
 
 
+def perceptual(cfg: FeaturesConfig, params: Params, image: Image) -> Float32[jax.Array, "B D"]:
+    """Vectors whose squared Euclidean distances are LPIPS, so that N pictures are encoded N times for all their pairs. Raises like `apply`."""
+    parts = []
+    for f, weights in _stages(cfg, params, image):
+        scaled = _unit(f) * jnp.sqrt(weights / (f.shape[1] * f.shape[2]))  # Eq. 1 averages over positions
+        parts.append(scaled.reshape(f.shape[0], -1))
+    return jnp.concatenate(parts, axis=1)
+
+
 def load() -> tuple[FeaturesConfig, Params]:
     """The shipped weights, as float32."""
     data = resources.files("dmsec_jax").joinpath(ASSET).read_bytes()

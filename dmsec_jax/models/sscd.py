@@ -20,6 +20,8 @@ import numpy as np
 
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.trees import flatten, unflatten
+from dmsec_jax.models import preprocessing as pictures
+from dmsec_jax.models.preprocessing import HALF, IMAGENET, Preprocessing
 
 BATCH_NORM_EPSILON = 1e-5
 PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -52,18 +54,6 @@ DISC_LARGE = Config(blocks=(3, 4, 23, 3), groups=32, group_width=4, dims=1024)
 """ResNeXt-101 32x4, 1024 dimensions: `sscd_disc_large`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """Shorter side to `resize` pixels (bilinear, antialiased), central square of `crop` (0: none), then (x - mean) / std with x in [0, 1]."""
-
-    resize: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PREPROCESSINGS = {
     "sscd-288-imagenet": Preprocessing(288, 0, *IMAGENET),  # what SSCD's authors recommend
     "dcr-256-224-half": Preprocessing(
@@ -161,15 +151,7 @@ def preprocess(image, name: str):
     require(
         name in PREPROCESSINGS, "preprocessing", f"one of {', '.join(PREPROCESSINGS)}", repr(name), "choose one of them"
     )
-    how = PREPROCESSINGS[name]
-    b, height, width, _ = image.shape
-    short = min(height, width)
-    size = (how.resize * height // short, how.resize * width // short)
-    x = jax.image.resize((jnp.asarray(image) + 1) / 2, (b, *size, 3), "linear", antialias=True)
-    if how.crop:
-        top, left = (round((side - how.crop) / 2) for side in size)
-        x = x[:, top : top + how.crop, left : left + how.crop]
-    return (x - jnp.asarray(how.mean)) / jnp.asarray(how.std)
+    return pictures.preprocess(image, PREPROCESSINGS[name])
 
 
 def convert(state: Mapping[str, np.ndarray]) -> tuple[Config, dict]:

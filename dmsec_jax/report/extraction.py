@@ -172,6 +172,7 @@ def result_of(extraction: Extraction, case: Mapping[str, Any], pictures: Mapping
             "base": base,
             "prompt": extraction.prompt,
             "methods": methods,
+            "stages": [] if extraction.course is None else training.stages(extraction.course),
         },
         notes=extraction.notes,
     )

@@ -96,11 +96,11 @@ def roc(curves: Sequence[tuple[str, Roc]]) -> Markup:
     return finished[0]
 
 
-def curve(values, first_step: int = 1) -> Markup:
+def curve(values, first_step: int = 1, prefix: str = "curve") -> Markup:
     """A noisy curve over steps: every value faint, their running mean strong, gaps where values are not finite."""
     values = np.asarray(values, np.float64)
     steps = first_step + np.arange(len(values))
-    with drawing(5.6, 2.2, f"Loss over {len(values)} steps", "curve") as (axes, finished):
+    with drawing(5.6, 2.2, f"Loss over {len(values)} steps", prefix) as (axes, finished):
         axes.plot(steps, values, color=NULL, linewidth=0.6, alpha=0.45)
         axes.plot(steps, running_mean(values), color=MARK, linewidth=1.8)
         known = values[np.isfinite(values)]
@@ -118,19 +118,23 @@ TRENDS = {
     "diversity": "diversity",
     "widths": "width s1",
     "drift": "drift",
+    "quality": "CLIP-IQA",
+    "alignment": "CLIP-T",
 }
-"""Fields of `Measures` that are plotted, with their labels."""
+"""Fields of `Measures` that are plotted where they are known, with their labels."""
 
 
-def trends(measures: Sequence[Measures]) -> list[Markup]:
+def trends(measures: Sequence[Measures], prefix: str = "trend") -> list[Markup]:
     """One small plot over steps for each of `TRENDS`; measurements in the stages corrupting and copying are hollow and square."""
     steps = [found.step for found in measures]
     looks = {"learning": ("o", MARK), "corrupting": ("o", "none"), "copying": ("s", MARK)}
     made = []
     for name, label in TRENDS.items():
+        if any(getattr(found, name) is None for found in measures):
+            continue
         values = np.array([getattr(found, name) for found in measures], np.float64).reshape(len(steps), -1)
         text = f"{label} at {len(steps)} steps, last {values[-1].mean():.3g} in the stage {measures[-1].stage}"
-        with drawing(5.6, 1.3, text, f"trend-{name}") as (axes, finished):
+        with drawing(5.6, 1.3, text, f"{prefix}-{name}") as (axes, finished):
             for line in values.T:
                 axes.plot(steps, line, color=NULL, linewidth=1, zorder=0)
                 for found, value in zip(measures, line, strict=True):

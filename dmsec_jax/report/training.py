@@ -18,7 +18,7 @@ from dmsec_jax.report import plots, result
 from dmsec_jax.report.result import Result, Row
 from dmsec_jax.report.training_data import Course, Sheet
 
-__all__ = ["Course", "Sheet", "Training", "page", "result_of", "section", "write"]
+__all__ = ["Course", "Sheet", "Training", "page", "result_of", "section", "stages", "write"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,15 +56,20 @@ class Training:
         require(len(self.pictures) == len(self.names), "pictures", "named one by one", fits, "give one name for each")
 
 
-def section(course: Course) -> Markup:
-    """Loss curve and sample sheets as a fragment for another page."""
+def stages(course: Course) -> list[dict[str, Any]]:
+    """Its measures with the stage that each stands for, as JSON values."""
+    return [found._asdict() | {"stage": found.stage} for found in course.measures]
+
+
+def section(course: Course, prefix: str = "") -> Markup:
+    """Loss curve, measures and sample sheets as a fragment for another page; `prefix` keeps several on one page apart."""
     sheets = [
         (sheet.step, html.tiles(sheet.samples, f"sample after {sheet.step} steps"))
         for sheet in course.sheets
         if len(sheet.samples)
     ]
-    curve = plots.curve(course.loss, course.first_step) if len(course.loss) else None
-    trends = plots.trends(course.measures) if len(course.measures) > 1 else []
+    curve = plots.curve(course.loss, course.first_step, f"{prefix}curve") if len(course.loss) else None
+    trends = plots.trends(course.measures, f"{prefix}trend") if len(course.measures) > 1 else []
     advice = monitor.advice(course.measures)
     return Markup(html.render("course", course=course, curve=curve, sheets=sheets, trends=trends, advice=advice))
 
@@ -102,7 +107,7 @@ def result_of(training: Training, method: str, case: Mapping[str, Any], pictures
             "prompt": training.prompt,
             "first_step": course.first_step,
             "loss": course.loss,
-            "stages": [found._asdict() | {"stage": found.stage} for found in course.measures],
+            "stages": stages(course),
             "advice": monitor.advice(course.measures),
         },
         notes=training.notes,

@@ -62,6 +62,13 @@ def test_measures_follow_what_was_made():
     assert judged(noisy(BASE, 0.1)).noise > judged(BASE).noise
 
 
+def test_scores_of_networks_take_the_place_of_the_substitutes():
+    given = monitor.measure(10, SAMPLES, (0.5, 0.4), 0.1, KNOWN, scores=monitor.Scores(0.3, 0.8, 0.25))
+    assert (given.diversity, given.quality, given.alignment) == (0.3, 0.8, 0.25)
+    assert (judged(SAMPLES).quality, judged(SAMPLES).alignment) == (None, None)
+    assert given.stage == judged(SAMPLES).stage
+
+
 def test_chance_copies_do_not_make_a_stage():
     """Samples with one copy among them match no more often than different pictures of the style would."""
     one = np.concatenate([TRAINING[:1], SAMPLES[1:]])

@@ -241,6 +241,48 @@ def test_any_trainable_tree_can_have_a_posterior(adapter, selection):
     assert not np.allclose(trees.flatten(other)[path], trees.flatten(bayes_dm.mean(state))[path])
 
 
+def test_dropout_drops_what_was_learnt_and_keeps_its_mean():
+    prior, mu = {"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([1.5, -2.0]), "b": jnp.ones(1)}
+    drawn = jax.vmap(lambda key: bayes_dm.dropped(key, mu, prior, 0.25))(jax.random.split(KEY, 4000))
+    values, counts = np.unique(drawn["a"][:, 0], return_counts=True)
+    np.testing.assert_allclose(values, [1.0, 1.0 + 0.5 / 0.75])
+    assert abs(counts[0] / 4000 - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 4000)
+    assert (drawn["a"][:, 1] == -2.0).all()
+    assert (drawn["b"] == 1).all()
+
+
+def test_a_step_with_dropout_leaves_sigma_alone():
+    cfg = dataclasses.replace(CFG, noise="dropout", dropout=0.5, kl_weight=0.0)
+    state = init(cfg)
+    away = jax.tree.map(lambda leaf: leaf + 0.3, state.tuned.trainable)  # so that there is something to drop
+    state = state._replace(tuned=state.tuned._replace(trainable=away))
+    moved, info = step(KEY, state, batch(), PARAMS, cfg)
+    _, other = step(KEY, state, batch(), PARAMS, dataclasses.replace(cfg, dropout=0.0))
+    assert info.loss != other.loss
+    jax.tree.map(np.testing.assert_array_equal, moved.raw, state.raw)
+
+
+def test_activations_get_the_deviations_of_dense_layers_and_the_rest_is_drawn():
+    """`noisy_fn` sees the kernel's sigma and the perturbed scale; here it draws what the layer's output would have."""
+    seen = {}
+
+    def noisy_fn(params, sigma, key, z_t, t, context):
+        seen["sigma"], seen["scale"] = sigma, params["norm"]["scale"]
+        h = z_t @ params["mix"]["kernel"] + params["mix"]["bias"] + 1e-3 * t[:, None, None, None]
+        spread = jnp.sqrt(jnp.square(z_t) @ jnp.square(sigma["mix"]["kernel"]))
+        h = jnp.tanh(h + spread * jax.random.normal(key, h.shape))
+        return params["norm"]["scale"] * (h + context.mean(1)[:, None, None, :])
+
+    cfg = dataclasses.replace(CFG, noise="activations", kl_weight=0.0)
+    state = init(cfg)
+    moved, info = bayes_dm.step(KEY, state, batch(), PARAMS, cfg, noisy_fn=noisy_fn, **NETWORK)
+    assert list(trees.flatten(seen["sigma"])) == ["mix/kernel"]
+    assert info.finite
+    assert all((new != old).all() for new, old in zip(*map(jax.tree.leaves, (moved.raw, state.raw)), strict=True))
+    with pytest.raises(ValueError, match="noise must be of weights unless .* got activations"):
+        step(KEY, state, batch(), PARAMS, cfg)
+
+
 def test_shares_of_stable_diffusion_are_the_papers():
     tree = jax.eval_shape(lambda: unet.init(KEY, presets.SD15.unet))
     share = lambda name: trees.count(bayes_dm.selected(tree, Config(selection=name)))

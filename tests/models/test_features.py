@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from benchmarks import efficientnet
 from dmsec_jax.core import trees
+from dmsec_jax.metrics import perception
 from dmsec_jax.models import features
 
 CFG = features.FeaturesConfig(widths=(4, 6, 8, 6, 5))
@@ -125,3 +126,12 @@ def test_efficientnet_outputs_one_map_per_stage(weights):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_distances_of_encoded_pictures_are_those_of_their_pairs(shipped, pictures):
+    cfg, params = shipped
+    vectors = jax.jit(features.perceptual, static_argnums=0)(cfg, params, pictures)
+    found = perception.squared_distances(vectors)
+    pairs = [(i, j) for i in range(3) for j in range(3)]
+    expected = distance(cfg, params, *(pictures[list(side)] for side in zip(*pairs, strict=True)))
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-4, atol=1e-6)

@@ -67,7 +67,9 @@ def test_stages_are_plotted_and_written_with_their_advice(made, run, tmp_path):
     measures = (empty, empty._replace(step=1200, noise_p=0.001))
     stages = dataclasses.replace(run, course=dataclasses.replace(run.course, measures=measures))
     seen = made.seen(training.page(stages))
-    assert len(seen.all("svg")) == 1 + len(plots.TRENDS)
+    assert len(seen.all("svg")) == 1 + len(plots.TRENDS) - 2  # without CLIP
+    known = tuple(found._replace(quality=0.7, alignment=0.2) for found in measures)
+    assert len(plots.trends(known)) == len(plots.TRENDS)
     advice = "Samples were corrupting at step 1,200: stop at step 10, the most faithful before it."
     assert advice in seen.words
     training.write(tmp_path, stages, "full", {})
