@@ -15,7 +15,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export JAX_PLATFORMS ?= cpu
 
-FAST := not slow and not torch and not aot and not device
+FAST := not slow and not long and not torch and not aot and not device
 REST := (slow or torch) and not long and not aot
 
 .PHONY: help demo test parity long aot bench format lint ci ci-rest clean
