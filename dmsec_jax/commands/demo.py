@@ -136,7 +136,8 @@ def _tune(key, watched: stages.Watch, pictures: ImageSet, recipe: Recipe, consol
 def _stages(cfg: Config, key, watched, pictures, chosen: Recipe, course, extracted, case, console) -> str | None:
     """Fine-tunes once more with a posterior, unless there was one, writes the page on both and returns its headline; None if interrupted."""
     first, began = "plain" if chosen.bayes is None else "bayes", time.monotonic()
-    courses, labels = {first: course}, {first: "Fine-tuned as above"}
+    courses = {first: course}
+    labels = {first: "Plain fine-tuning" if first == "plain" else "Fine-tuning with the recipe's posterior"}
     if chosen.bayes is None:
         recipe = stages.with_posterior(chosen)
         console.print("Fine-tuning once more, with a posterior over the weights")

@@ -66,7 +66,7 @@ def headline(run: Stages) -> str:
 
 CAUTION = (
     "One run each, with few samples: a stage is a test at 1 % at each look and a difference between the two runs may be chance. "
-    "`python -m benchmarks.corruption` compares them over seeds."
+    "The benchmark python -m benchmarks.corruption compares them over seeds."
 )
 
 
