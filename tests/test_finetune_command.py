@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from dmsec_jax import cli, monitoring, pipeline
 from dmsec_jax.commands import finetune
+from dmsec_jax.core import trees
 from dmsec_jax.data.images import save_png
 
 QUICK = ["chunk_steps=2", "save_every=2", "patterns=[conv_out]"]  # training one layer compiles fast
@@ -208,6 +209,20 @@ def test_lora_is_written_for_other_programs_beside_the_merged_model(tune, tiny_f
         tuned = pipeline.load_tuned(tmp_path / name, base)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned.params, merged.params)
     assert not np.array_equal(tuned.params["unet"]["conv_out"]["kernel"], base.params["unet"]["conv_out"]["kernel"])
+
+
+@pytest.mark.slow  # compiles for long
+def test_oft_and_one_file_are_written_for_other_programs_beside_the_model(tune, tiny_folder, tmp_path):
+    chosen = ["patterns=[]", "oft.blocks=2", "oft.targets=[attn1/to_q/kernel]", "oft.radius=0.001"]
+    chosen += ["tune.learning_rate=0.01"]  # so that the radius matters
+    assert tune(tmp_path, "--sample-every", "0", "--single-file", steps=2, sets=chosen) == 0
+    base, merged = pipeline.load(tiny_folder), pipeline.load(tmp_path / "model")
+    turned = pipeline.load_tuned(tmp_path / "oft-unet", base)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), turned.params, merged.params)
+    whole = pipeline.load_tuned(tmp_path / "model.safetensors", base)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole.params, merged.params)
+    moved = trees.flatten(jax.tree.map(lambda a, b: np.abs(a - b).max(), merged.params["unet"], base.params["unet"]))
+    assert all((change > 0) == path.endswith("attn1/to_q/kernel") for path, change in moved.items())
 
 
 @pytest.mark.slow  # compiles for long

@@ -12,8 +12,8 @@ import tyro
 from rich.console import Console
 
 from dmsec_jax import monitoring, pipeline, tuning
-from dmsec_jax.checkpoints import diffusers
-from dmsec_jax.checkpoints.adapter_export import write_lora
+from dmsec_jax.checkpoints import diffusers, single_file
+from dmsec_jax.checkpoints.adapter_export import write_lora, write_oft
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
@@ -25,7 +25,7 @@ from dmsec_jax.data.decode import MAX_BYTES, decode
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.diffusion import schedule
-from dmsec_jax.finetune import monitor
+from dmsec_jax.finetune import monitor, oft
 from dmsec_jax.finetune.monitor import Measures
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.pipeline import Pipeline
@@ -70,6 +70,8 @@ class Config:
     sight: tyro.conf.OmitArgPrefixes[monitoring.Sight] = monitoring.Sight()
     stop_at: Literal["never", "corrupting", "copying"] = "never"
     """End the training when the monitor finds this stage, or one beyond it."""
+    single_file: bool = False
+    """Write the model as one file too, `model.safetensors` in half precision, for A1111 and ComfyUI."""
     seed: int = 0
 
 
@@ -79,6 +81,8 @@ FOLDERS = ("checkpoints", "model", "pictures", "samples")
 """What `out` holds."""
 LORA_FILES = {"diffusers": "lora.safetensors", "kohya": "lora-kohya.safetensors"}
 """What `out` holds besides after LoRA: the factors alone, for `load_lora_weights` and for A1111."""
+OFT_FOLDER = "oft-{}"
+"""What it holds after OFT, for each network: the generators alone, for PEFT."""
 
 
 class Inputs(NamedTuple):
@@ -266,10 +270,17 @@ def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe) -> dict
 def _write(
     cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tuned: tuning.Tuned, sheets: _Sheets
 ) -> None:
-    """The model folder, the trained factors and the posterior's deviations where there are any, and the account of the run."""
+    """The model, the trained factors and the posterior's deviations where there are any, and the account of the run."""
     pipeline.save(cfg.out / "model", dataclasses.replace(base, params=tuned.params))
+    if cfg.single_file:
+        single_file.write_model(cfg.out / "model.safetensors", base.configs, jax.device_get(tuned.params))
+    parts = tuned.trainable if cfg.text_encoder else {"unet": tuned.trainable}
+    if chosen.oft is not None:
+        for part, tree in parts.items():
+            if chosen.oft.radius is not None:
+                tree = jax.tree.map(lambda generator: oft.constrained(generator, chosen.oft.radius), tree)
+            write_oft(cfg.out / OFT_FOLDER.format(part), tree, chosen.oft.cayley)
     if chosen.lora is not None:
-        parts = tuned.trainable if cfg.text_encoder else {"unet": tuned.trainable}
         ratio = 1.0 if chosen.lora.alpha is None else chosen.lora.alpha / chosen.lora.rank
         for layout, name in LORA_FILES.items():
             write_lora(cfg.out / name, parts, ratio, layout)
