@@ -15,9 +15,9 @@ import numpy as np
 from dmsec_jax import pipeline
 from dmsec_jax.core.checks import require
 from dmsec_jax.data.images import ImageSet
-from dmsec_jax.embedding import Embed
 from dmsec_jax.methods import finextract
 from dmsec_jax.metrics import cliques, clusters, extraction, similarity
+from dmsec_jax.metrics.similarity import Embed
 from dmsec_jax.pipeline import Subject
 from dmsec_jax.report import extraction_data as report
 

@@ -4,7 +4,6 @@ None of CLIP, DINO and SSCD comes with this package; where one is not given its 
 """
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +19,9 @@ from dmsec_jax.core.files import sha256
 from dmsec_jax.core.types import AnyArray
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.metrics import perception, similarity
-from dmsec_jax.metrics.similarity import EmbedFn
+from dmsec_jax.metrics.similarity import Embed, EmbedFn
 from dmsec_jax.models import clip_pair, features, sscd, vit
 
-Embed = Callable[[np.ndarray], np.ndarray]
-"""Pictures [N, H, W, 3] in [-1, 1] -> features [N, D] of unit length."""
 LAYERS = {"dino": 1, "dino-last-4": vit.LAST}
 NAMES = ("hog", "sscd", "clip", *LAYERS)
 LPIPS = "LPIPS with a shift-tolerant AlexNet"

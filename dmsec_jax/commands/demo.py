@@ -36,7 +36,7 @@ PURIFIERS = ("jpeg", "blur", "autoencoder", "noisy-upscaling")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Fine-tune a model on a few pictures by an artist it has never seen, extract them from it, prove that they were used, protect them, and
-    watch the stages of the fine-tuning, with a posterior over the weights too (seven to eight minutes on two cores)."""
+    watch the stages of the fine-tuning, with a posterior over the weights too (about five minutes on two cores)."""
 
     images: Path | None = None
     """Your own pictures; default: animals by OpenMoji, which the embedded model has never seen."""

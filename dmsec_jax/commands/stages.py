@@ -49,9 +49,8 @@ def tune(
 
     def on_each(done, info, state):
         on_chunk(done, info, state)
-        if done * watched.looks < total * len(
-            sheets
-        ):  # `len(sheets)` counts the base model's, so it is the number of the next look
+        next_look = len(sheets)  # the base model's sheet is number 0
+        if done * watched.looks < total * next_look:
             return
         params = tuning.merged(base, recipe, tuning.mean(recipe, state))
         drawn = pipeline.sample(watched.key, base, prompt, SAMPLES, params=params)

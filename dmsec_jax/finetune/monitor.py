@@ -7,7 +7,7 @@
 Both are tests at the level `LEVEL`, of samples that are few: a stage is evidence, not a measurement. The rest of `Measures` says why.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ from scipy import stats
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import AnyArray
 from dmsec_jax.metrics import perception, similarity
+from dmsec_jax.metrics.similarity import Embed
 
-Embed = Callable[[np.ndarray], np.ndarray]
 Stage = Literal["learning", "corrupting", "copying"]
 STAGES = ("learning", "corrupting", "copying")
 LEVEL = 0.01

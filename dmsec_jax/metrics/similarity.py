@@ -19,6 +19,8 @@ from dmsec_jax.core.types import AnyArray, Image
 
 EmbedFn = Callable[[Image], Float[jax.Array, "B D"]]
 """Pictures [B, H, W, 3] in [-1, 1] -> features of unit length; with weights a `jax.tree_util.Partial`, so that they are no constants."""
+Embed = Callable[[np.ndarray], np.ndarray]
+"""Any number of pictures [N, H, W, 3] in [-1, 1], on the host -> features [N, D] of unit length."""
 
 CELLS, BINS = 16, 8
 NOISE_FLOOR = 0.01

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from dmsec_jax.core.types import Image, Key, Params
 from dmsec_jax.models import clip, initial, vit
 from dmsec_jax.models.clip import TextConfig
+from dmsec_jax.models.layers import unit
 from dmsec_jax.models.preprocessing import preprocess
-from dmsec_jax.models.vit import VisionConfig, unit
+from dmsec_jax.models.vit import VisionConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -312,6 +312,11 @@ class Upsample(nn.Module):
         return Conv(self.features, dtype=self.dtype, name="conv")(doubled(x))
 
 
+def unit(x):
+    """Rows [..., D] of unit length; zero stays zero."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:
     """The class under a config's `remat`: "block" recomputes it in the backward pass, "none" stores its activations.
 

@@ -21,6 +21,7 @@ import numpy as np
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.models import preprocessing as pictures
+from dmsec_jax.models.layers import unit
 from dmsec_jax.models.preprocessing import HALF, IMAGENET, Preprocessing
 
 BATCH_NORM_EPSILON = 1e-5
@@ -119,8 +120,7 @@ class _SSCD(nn.Module):
                 x = _Bottleneck(cfg.inner(stage), cfg.outer(stage), stride, cfg.groups, dtype, name=name)(x)
         x = jnp.maximum(x.astype(jnp.float32), 1e-6)  # generalised mean over positions
         x = jnp.mean(x**cfg.pool, axis=(1, 2)) ** (1 / cfg.pool)
-        x = nn.Dense(cfg.dims, name="fc")(x)
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return unit(nn.Dense(cfg.dims, name="fc")(x))
 
 
 def init(key, cfg: Config) -> dict:

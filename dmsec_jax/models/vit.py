@@ -20,6 +20,7 @@ from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import Image, Key, Params
 from dmsec_jax.models import clip, initial
 from dmsec_jax.models.clip import TowerConfig
+from dmsec_jax.models.layers import unit
 from dmsec_jax.models.preprocessing import CLIP, IMAGENET, Preprocessing, preprocess
 
 
@@ -116,11 +117,6 @@ def dino_features(cfg: VisionConfig, params: Params, image: Image, *, last: int 
     """
     found = apply(cfg, params, preprocess(image, dino_preprocessing(cfg))).classes[:, -last:]
     return unit(rearrange(found, "b n d -> b (n d)"))
-
-
-def unit(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """Rows of unit length; zero stays zero."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class VisionModel(nn.Module):
