@@ -1,21 +1,23 @@
-"""`python -m benchmarks.spot`: how right is the posterior over skeletons, what does it add to the search, and how do other programs fare?
+"""`python -m benchmarks.spot`: how right is the posterior over skeletons, what does it add to the search, how do other programs fare, how fast is it?
 
-Parts
+Suite `accuracy`, in parts
     calibration   probabilities against frequencies on data sets of the posterior's own prior, never seen in training
     generator     the paper's generator, raw and standardised
     networks      four gene and plant networks with their coefficients, a tenth of the vertices hidden
     sachs         11 proteins of 7466 cells
     structures    four medical and other networks with drawn mechanisms, linear and not, a tenth of the vertices hidden
     dag           no hidden causes: NOTEARS with a smooth L0, with and without the posterior as its guide
+
+Suite `speed`: `benchmarks.causal.speed`.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -23,32 +25,37 @@ import tyro
 from rich.console import Console
 
 from benchmarks import harness
-from benchmarks.causal import methods, networks, peers
+from benchmarks.causal import judging, methods, networks, speed
+from benchmarks.causal.judging import Answer
 from benchmarks.causal.networks import Case
 from dmsec_jax import discovery
-from dmsec_jax.causal import graphs, pag, rows, sem
+from dmsec_jax.causal import rows, sem
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import sha256
-from dmsec_jax.metrics import graph as metrics
-from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.pretrain import skeleton as training
-from dmsec_jax.report.result import Row, row_over
+from dmsec_jax.report.result import Row
 
-Answers = dict[str, np.ndarray]
-"""Method -> marks [V, V], and `true`; of the posterior, 3 on both ends of likely edges."""
 UNCONFOUNDED = dataclasses.replace(sem.SPOT, confounded=(0.0, 0.0))
+USUAL = ("posterior", "unguided", "spot", "spot+local", "local", "fci", "fci-andrey", "gfci")
+Draws = Iterator[tuple[dict, int, Callable[[], Case]]]
+"""(case, number of the data set, what draws it)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Causal discovery benchmark."""
 
+    suite: Literal["accuracy", "speed"] = "accuracy"
     parts: tuple[str, ...] = ("calibration", "generator", "networks", "sachs", "structures", "dag")
+    """Of the suite `accuracy`; of `speed`, names of its measurements (default: all)."""
+    methods: tuple[str, ...] = USUAL
+    """Which are asked, of `benchmarks.causal.methods`."""
     sizes: tuple[int, ...] = (30, 100)
     """Of the parts `generator` and `dag`."""
+    networks: tuple[str, ...] = (*networks.GAUSSIAN, *networks.STRUCTURES)
     graphs: int = 20
     """Data sets of each seed in `generator` and `dag`."""
     seeds: int = 3
@@ -58,9 +65,9 @@ class Config:
     restarts: int = 2
     """Starts of each search."""
     search_at_most: int = 110
-    """Of larger graphs only the posterior and other programs are asked."""
-    held_out: int = 256
-    """Data sets of each size of `calibration`."""
+    """Of larger graphs only the posterior, local searches and other programs are asked."""
+    held_out: int = 100_000
+    """Pairs of variables of each size and seed of `calibration`."""
     posterior: Path = discovery.SHIPPED
     work: Path = Path("out/bench-spot")
     """Answers are kept here; an interrupted benchmark goes on."""
@@ -68,78 +75,73 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Computes the answers that are not yet in `cfg.work`; one result file per part."""
-    unknown = set(cfg.parts) - {"calibration", *PARTS}
-    require(not unknown, "parts", f"of {', '.join(('calibration', *PARTS))}", ", ".join(unknown), "correct them")
+    if cfg.suite == "speed":
+        speed.main(cfg.parts if cfg.parts != Config().parts else (), stored.read(cfg.posterior), _settings(cfg))
+        return
+    unknown = {*cfg.parts} - {"calibration", *PARTS} | {*cfg.methods} - {*methods.ALL}
+    require(not unknown, "parts and methods", f"of {', '.join(PARTS)}", ", ".join(unknown), "correct them")
+    after = "spot+local" not in cfg.methods or "spot" in cfg.methods
+    require(after, "methods", "with spot before spot+local", ", ".join(cfg.methods), "add spot")
     posterior = stored.read(cfg.posterior)
     for part in cfg.parts:
         began = time.monotonic()
         if part == "calibration":
-            found, notes = _calibration(cfg, posterior), ["pairs of one data set are not independent: no intervals"]
+            found, notes = _calibration(cfg, posterior), ["intervals over seeds, each of so many data sets"]
         else:
-            found = _judged(part, PARTS[part](cfg, posterior))
+            found = judging.rows(_answers(cfg, posterior, part))
             notes = ["Student intervals over data sets; differences are paired by data set"]
         _print(found)
-        settings = config.to_dict(cfg) | {"work": "", "posterior": cfg.posterior.name, "parts": [part]}
-        harness.write("spot", found, settings, {"all": time.monotonic() - began}, notes)
+        harness.write("spot", found, _settings(cfg) | {"parts": [part]}, {"all": time.monotonic() - began}, notes)
+
+
+def _settings(cfg: Config) -> dict:
+    return config.to_dict(cfg) | {"work": "", "posterior": cfg.posterior.name}
 
 
 def _calibration(cfg: Config, posterior: Posterior) -> list[Row]:
     recipe = config.from_dict(training.Recipe, posterior.card["recipe"], "card.recipe")
     found = []
     for size in recipe.check_sizes:
-        key = jax.random.key(recipe.seed + 2)  # neither training's nor that of the card
-        probability, adjacent = training.held_out(key, posterior.params, recipe, size, cfg.held_out)
-        figures = {
-            "ECE": (metrics.expected_calibration_error(probability, adjacent), "share"),
-            "expected over true edges": (metrics.sum_ratio(probability, adjacent), "ratio"),
-            "log loss": (metrics.log_loss(probability, adjacent), "nats"),
-            "AUPRC": (metrics.auprc(probability, adjacent), "share"),
-        }
-        for metric, (value, unit) in figures.items():
-            case = {"part": "calibration", "variables": size}
-            names = {"bench": "spot", "method": "posterior", "case": case}
-            found.append(Row(metric=metric, value=value, unit=unit, n=cfg.held_out, **names))
+        count = -(-cfg.held_out // (size * (size - 1) // 2))
+        keys = {
+            seed: jax.random.key(recipe.seed + 2 + seed) for seed in range(cfg.seeds)
+        }  # neither training's nor the card's
+        draws = {seed: training.held_out(key, posterior.params, recipe, size, count) for seed, key in keys.items()}
+        found += judging.calibration(draws, size)
     return found
 
 
-def _generator(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
-    """(case, number of the data set, answers)."""
-    guides, scales = ("off", "spot", "prob", "log-odds"), ("raw", "standardised")
+def _generator(cfg: Config) -> Draws:
     for size, number in _numbers(cfg):
-        ask = functools.partial(_all, cfg, posterior, number, guides=guides, scales=scales)
-        draw = functools.partial(_drawn, number, size, cfg.rows, sem.SPOT)
-        yield {"variables": size}, number, _kept(cfg, f"generator-{size}-{number}", draw, ask)
+        yield {"data": "generator", "variables": size}, number, lambda: _drawn(number, size, cfg.rows, sem.SPOT)
 
 
-def _networks(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
+def _networks(cfg: Config) -> Draws:
     for name, number in itertools.product(networks.GAUSSIAN, range(cfg.hidden_sets * cfg.seeds)):
-        draw = functools.partial(networks.linear_case, number, networks.gaussian(name), cfg.rows)
-        ask = functools.partial(_all, cfg, posterior, number)
-        yield {"network": name}, number, _kept(cfg, f"networks-{name}-{number}", draw, ask)
+        if name in cfg.networks:
+            network = networks.gaussian(name)
+            yield {"data": name}, number, lambda: networks.linear_case(number, network, cfg.rows)
 
 
-def _sachs(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
-    yield {"network": "sachs"}, 0, _kept(cfg, "sachs", networks.sachs, functools.partial(_all, cfg, posterior, 0))
+def _sachs(cfg: Config) -> Draws:
+    yield {"data": "sachs"}, 0, networks.sachs
 
 
-def _structures(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
-    choices = itertools.product(networks.STRUCTURES, ("linear", "mlp"), range(cfg.hidden_sets))
-    for name, mechanism, number in choices:
-        draw = functools.partial(networks.drawn_case, number, networks.structure(name), cfg.rows, mechanism)
-        ask = functools.partial(_all, cfg, posterior, number)
-        case = {"network": name, "mechanism": mechanism}
-        yield case, number, _kept(cfg, f"structures-{name}-{mechanism}-{number}", draw, ask)
+def _structures(cfg: Config) -> Draws:
+    counts = range(cfg.hidden_sets * cfg.seeds)
+    for name, mechanism, number in itertools.product(networks.STRUCTURES, ("linear", "mlp"), counts):
+        if name in cfg.networks:
+            network, case = networks.structure(name), {"data": name, "mechanism": mechanism}
+            yield case, number, lambda: networks.drawn_case(number, network, cfg.rows, mechanism)
 
 
-def _dag(cfg: Config, posterior: Posterior) -> Iterator[tuple[dict, int, Answers]]:
-    options = {"guides": ("off", "log-odds"), "scales": ("raw", "standardised"), "family": "dag"}
+def _dag(cfg: Config) -> Draws:
     for size, number in _numbers(cfg):
-        ask = functools.partial(_searches, cfg, posterior, number, **options)
-        draw = functools.partial(_drawn, number, size, cfg.rows, UNCONFOUNDED)
-        yield {"variables": size}, number, _kept(cfg, f"dag-{size}-{number}", draw, ask)
+        case = {"data": "generator without hidden causes", "variables": size}
+        yield case, number, lambda: _drawn(number, size, cfg.rows, UNCONFOUNDED)
 
 
-PARTS: dict[str, Callable[[Config, Posterior], Iterator[tuple[dict, int, Answers]]]] = {
+PARTS: dict[str, Callable[[Config], Draws]] = {
     "generator": _generator,
     "networks": _networks,
     "sachs": _sachs,
@@ -159,79 +161,28 @@ def _drawn(number: int, size: int, num_rows: int, prior: sem.Prior) -> Case:
     return Case(np.asarray(drawn.data, np.float64), np.asarray(drawn.marks))
 
 
-def _all(cfg, posterior, number, case: Case, guides=("off", "log-odds"), scales=("standardised",)) -> Answers:
-    """The posterior, other programs, and the search; by default with the guide that users get, and without."""
-    likely = methods.probabilities(posterior, case.data) > 0.5
-    answers = {"posterior": (3 * likely).astype(np.int8)}
-    answers |= {name: peer(case.data).pag for name, peer in peers.PEERS.items()}
-    return answers | _searches(cfg, posterior, number, case, guides, scales)
-
-
-def _searches(cfg, posterior, number, case: Case, guides, scales, family: discovery.Family = "ancestral") -> Answers:
-    if case.data.shape[1] > cfg.search_at_most:
-        return {}
-    key, probability = jax.random.key(number), methods.probabilities(posterior, case.data)
-    return {
-        f"search-{guide}-{scale}": methods.search(key, probability, case.data, guide, scale, family, cfg.restarts)
-        for guide, scale in itertools.product(guides, scales)
-    }
-
-
-def _kept(cfg: Config, name: str, draw: Callable[[], Case], ask: Callable[[Case], Answers]) -> Answers:
-    def compute() -> Answers:
-        case = draw()
-        return ask(case) | {"true": case.mag}
-
-    settings = json.dumps([cfg.rows, cfg.restarts, cfg.search_at_most, sha256(cfg.posterior)])
-    return harness.kept(cfg.work / f"{name}.npz", settings, compute)
-
-
-def _judged(part: str, answers: Iterator[tuple[dict, int, Answers]]) -> list[Row]:
-    """Means over data sets, and differences to the posterior, the first of the other programs and the search without a guide."""
+def _answers(cfg: Config, posterior: Posterior, part: str) -> Iterator[Answer]:
+    """Of every data set, method and scale; kept as they come."""
     console = Console(stderr=True)
-    values: dict[tuple[str, str, str], dict[int, float]] = {}
-    for case, number, found in answers:
+    settings = json.dumps([cfg.rows, cfg.restarts, sha256(cfg.posterior)])
+    for case, number, draw in PARTS[part](cfg):
         console.print(f"{part} {case} {number}", markup=False, highlight=False)
-        for method, metric, value in _scores(found):
-            values.setdefault((json.dumps({"part": part} | case), method, metric), {})[number] = value
-    rows_found = []
-    for (case, method, metric), by_number in values.items():
-        names = {"bench": "spot", "unit": "ends" if metric == "distance" else "share"}
-        case = json.loads(case)
-        interval = seed_interval(list(by_number.values()))
-        rows_found.append(row_over(interval, metric=metric, method=method, case=case, **names))
-        for other in _others(method):
-            theirs = values.get((json.dumps(case), other, metric))
-            if theirs is not None:
-                gaps = seed_interval([by_number[i] - theirs[i] for i in by_number])
-                against = case | {"against": other}
-                rows_found.append(row_over(gaps, metric=f"{metric} difference", method=method, case=against, **names))
-    return rows_found
-
-
-def _others(method: str) -> tuple[str, ...]:
-    """With what a method is compared."""
-    if method == "posterior":
-        return tuple(peers.PEERS)
-    guide, scale = method.removeprefix("search-").rsplit("-", 1) if method.startswith("search-") else ("", "")
-    return (f"search-off-{scale}", *peers.PEERS) if guide not in ("", "off") else ()
-
-
-def _scores(found: Answers) -> Iterator[tuple[str, str, float]]:
-    """(method, metric, value): of graphs, as partial ancestral graphs; of the posterior, the skeleton."""
-    true = found["true"]
-    acyclic = bool(graphs.is_acyclic(graphs.to_edges(true)[0]))  # the consensus of Sachs et al. is not
-    true_pag = pag.of_mag(true) if acyclic else None
-    for method, marks in found.items():
-        if method == "true":
-            continue
-        yield method, "skeleton F1", metrics.skeleton_scores(marks, true).f1
-        if method == "posterior" or true_pag is None:
-            continue
-        partial = pag.of_mag(marks) if method.startswith("search-") else marks
-        yield method, "endpoint F1", metrics.endpoint_scores(partial, true_pag).f1
-        yield method, "arrowhead F1", metrics.arrowhead_scores(partial, true_pag).f1
-        yield method, "distance", float(metrics.distance(partial, true_pag))
+        place = cfg.work / part / "-".join(str(value) for value in case.values()).replace(" ", "-")
+        drawn = harness.kept(place / f"{number}.npz", settings, lambda: draw()._asdict())
+        family = "dag" if part == "dag" else "ancestral"
+        question = methods.Question(drawn["data"], number, posterior, family, cfg.restarts)
+        if question.data.shape[1] > cfg.search_at_most:
+            asked = [name for name in cfg.methods if name not in methods.UNITS]
+        else:
+            asked = cfg.methods
+        whole = {"part": part, **case} | {"variables": question.data.shape[1], "rows": len(question.data)}
+        earlier: dict[str, dict[str, methods.Marks]] = {}
+        for name in asked:
+            for scale in methods.scales(name):
+                ask = lambda: {"marks": methods.ask(name, scale, question, earlier.get(scale, {}))}
+                marks = harness.kept(place / f"{number}-{name}-{scale}.npz", settings, ask)["marks"]
+                earlier.setdefault(scale, {})[name] = marks
+                yield Answer(whole, number, name, scale, marks, drawn["mag"])
 
 
 def _print(found: list[Row]) -> None:

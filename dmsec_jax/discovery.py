@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int8
 from scipy import stats
 from sklearn.base import BaseEstimator
 
-from dmsec_jax.causal import background, features, pag, penalties, skeleton
+from dmsec_jax.causal import background, climb, features, mag, pag, penalties, projection, refine, skeleton
 from dmsec_jax.causal.background import Background
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
@@ -38,12 +38,19 @@ CLASSES: dict[str, tuple[spot.ClassFn, spot.OffendingFn]] = {
     "dag": (penalties.unrestricted, lambda directed, bidirected: bidirected != 0),
 }
 """Family of graphs -> its penalty, and the bidirected edges that offend it."""
+LEGAL: dict[str, climb.LegalFn] = {
+    "ancestral": climb.stays_ancestral,
+    "bow-free": climb.stays_acyclic,
+    "arid": climb.stays_arid,
+    "dag": climb.stays_acyclic,
+}
+"""Family of graphs -> which moves of the local search stay in it."""
 OnStep = Callable[[str, int, int], None]
 """(stage, done, of how many)."""
 
 
 class Found(NamedTuple):
-    """The search's outcome: the best start, and the BIC of all."""
+    """The searches' outcome: the graph of the lowest extended BIC, and all."""
 
     graph: spot.Graph
     bics: Float[np.ndarray, "R"]
@@ -54,22 +61,22 @@ class SPOT(BaseEstimator):
     """Learns which variables cause which from a table, hidden common causes allowed; in the style of scikit-learn.
 
     Args:
-        restarts: random starts of the search; the one of the lowest BIC is kept.
+        restarts: random starts of the gradient search; local searches follow from each, and from one start more.
         family: of graphs; "dag" allows no hidden causes.
         transform: "standardise" each column, or replace it by its "normal-scores", the normal quantiles of its ranks, for skewed columns.
         background: what is known before the data.
-        search: numbers of the search.
+        search, local: numbers of the gradient search, and of the local search that follows.
         posterior: folder of a trained posterior.
         seed: of the random starts.
 
     Attributes:
         edge_probabilities_: [V, V] in [0, 1], P(i and j adjacent | data), symmetric with zero diagonal; as the posterior says, or 0 and 1 where
             `background` knows.
-        mag_, pag_: [V, V] int8 marks (`core.marks`): the graph of the lowest BIC, and what all graphs with the same independences share.
+        mag_, pag_: [V, V] int8 marks (`core.marks`): the graph of the lowest extended BIC, and what all graphs with the same independences share.
         coef_: [V, V], i -> j, in standard deviations of the (transformed) columns.
         omega_: [V, V] covariance of the errors; off the diagonal that of hidden common causes.
-        bic_, bics_: of the graph, and of every start; lower is better.
-        marks_: [R, V, V] of every start.
+        bic_, bics_: extended BIC (`causal.climb.edge_cost`) of the graph, and of every local search; lower is better.
+        marks_: [R + 1, V, V] of every local search.
         names_ (also `feature_names_in_`), n_features_in_, num_rows_.
         notes_: sentences that a reader of the outcome must know.
     """
@@ -82,6 +89,7 @@ class SPOT(BaseEstimator):
         transform: Literal["standardise", "normal-scores"] = "standardise",
         background: Background = Background(),  # noqa: B008 frozen
         search: spot.Config = spot.Config(),  # noqa: B008 frozen
+        local: climb.Config = climb.Config(),  # noqa: B008 frozen
         posterior: str | Path = SHIPPED,
         seed: int = 0,
     ):
@@ -90,6 +98,7 @@ class SPOT(BaseEstimator):
         self.transform = transform
         self.background = background
         self.search = search
+        self.local = local
         self.posterior = posterior
         self.seed = seed
 
@@ -119,7 +128,7 @@ class SPOT(BaseEstimator):
         report("edge probabilities", 1, 1)
         guide = _guide(self.edge_probabilities_, known, self.family)
         key, covariance = jax.random.key(self.seed), regularised(corr, rows)
-        found = _searched(key, covariance, rows, guide, known.required, self, report)
+        found = _searched(key, covariance, rows, guide, np.asarray(known.required), self, report)
         graph = found.graph
         self.coef_, self.omega_ = np.asarray(graph.directed), np.asarray(graph.omega)
         self.bic_, self.bics_, self.marks_ = float(graph.bic), found.bics, found.marks
@@ -186,13 +195,39 @@ def _searched(key, covariance, rows: int, guide: spot.Guide, required, model: SP
         finite = bool(info.finite.any())
         require(finite, "the search", "finite", f"NaN in step {i + 1}", "lower search.learning_rate")
         report(stage, i + 1, cfg.num_steps + 1)
-    graphs = jax.device_get(_finished(state, covariance, num_rows, cfg, required, offending_fn))
+    rough = jax.device_get(_finished(state, covariance, num_rows, cfg, required, offending_fn))
     report(stage, cfg.num_steps + 1, cfg.num_steps + 1)
+    return refined(rough.directed != 0, guide, covariance, rows, required, model, report)
+
+
+def refined(orders, guide: spot.Guide, covariance, rows: int, required, model: SPOT, report: OnStep) -> Found:
+    """Local searches from the likely skeleton, oriented by each of `orders` [R, V, V] and once by likelihood; the fits of all."""
+    stage, count = "local search", len(orders) + 1
+    report(stage, 0, count)
+    likely = guide.probability > model.search.exclude
+    may = np.asarray(guide.directed & likely), np.asarray(guide.bidirected & likely)
+    options = {"legal_fn": LEGAL[model.family], "cfg": model.local}
+    ends = refine.refined(np.asarray(orders), np.asarray(guide.probability), covariance, rows, may, required, **options)
+    directed, bidirected = (np.stack([getattr(end, part) for end in ends]) for part in ("directed", "bidirected"))
+    graphs = jax.device_get(_fitted(directed, bidirected, covariance, jnp.float32(rows)))
+    report(stage, count, count)
+    edges = directed.sum(axis=(1, 2)) + bidirected.sum(axis=(1, 2)) / 2
+    size = len(covariance)
+    extra = climb.edge_cost(size, rows, model.local.gamma) - climb.edge_cost(size, rows, 0.0)
+    graphs = graphs._replace(bic=graphs.bic + extra * edges)
     known = np.isfinite(graphs.bic)
     cure = "try normal-scores or fewer variables"
     require(bool(known.any()), "the fit", "finite", "no likelihood for any start", cure)
     best = int(np.nanargmin(graphs.bic))
     return Found(jax.tree.map(lambda leaf: leaf[best], graphs), graphs.bic, graphs.marks)
+
+
+@jax.jit
+def _fitted(directed, bidirected, covariance, num_rows) -> spot.Graph:
+    def one(edges):
+        return spot.Graph(*mag.refit(*edges, covariance, num_rows), projection.maximal_ancestral(*edges))
+
+    return jax.lax.map(one, (directed, bidirected))
 
 
 def _transformed(values: Float[np.ndarray, "N V"], transform: str) -> Float[np.ndarray, "N V"]:
@@ -247,7 +282,7 @@ def _notes(table: Table, posterior: Posterior, transform: str, bics, marks) -> t
     different = sum(bool((one != marks[int(np.nanargmin(bics))]).any()) for one in marks)
     if different:
         notes.append(
-            f"{different} of {len(marks)} starts of the search ended in another graph; the one of the lowest BIC is shown."
+            f"{different} of {len(marks)} local searches ended in another graph; the one of the lowest extended BIC is shown."
         )
     return tuple(notes)
 

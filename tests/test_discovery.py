@@ -84,9 +84,10 @@ def test_the_outcome_is_named_and_whole(fitted):
     assert (np.diagonal(p) == 0).all()
     assert ((p >= 0) & (p <= 1)).all()
     assert model.bic_ == model.bics_.min()
-    assert model.marks_.shape == (2, 4, 4)
+    assert model.marks_.shape == (3, 4, 4)
     assert model.notes_ == ()
-    assert [at[0] for at in stages if at[1] == at[2]] == ["edge probabilities", "search from 2 starts", "orientations"]
+    ended = [at[0] for at in stages if at[1] == at[2]]
+    assert ended == ["edge probabilities", "search from 2 starts", "local search", "orientations"]
 
 
 def test_units_do_not_matter(fitted, posterior):

@@ -59,4 +59,4 @@ def _of_andrey(search) -> Answer:
     return Answer(np.array([NONE, TAIL, ARROW, CIRCLE], np.int8)[marks].T, seconds)
 
 
-PEERS: dict[str, Peer] = {"fci": fci, "fci-andrey": fci_andrey, "gfci-andrey": gfci_andrey}
+PEERS: dict[str, Peer] = {"fci": fci, "fci-andrey": fci_andrey, "gfci": gfci_andrey}

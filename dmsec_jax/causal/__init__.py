@@ -11,5 +11,7 @@ features     conditional independence of all pairs, of order 0, 1, 2 and full, a
 skeleton     the posterior over skeletons, trained on simulated data
 mag          the score from the covariance, residual iterative conditional fitting, BIC
 penalties    acyclic, ancestral, bow-free, arid: smooth penalties, and the edges that offend
+climb        local search by likelihood and number of edges, one pair at a time
+refine       local searches from a likely skeleton
 guide        the skeleton posterior as the last transformation of an optimiser
 """

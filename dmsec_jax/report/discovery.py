@@ -118,7 +118,7 @@ def rows(run: Discovery) -> tuple[Row, ...]:
     return (
         Row(metric="expected_edges", value=expected, unit="edges", **names),
         Row(metric="edges", value=float(len(told(run))), unit="edges", **names),
-        Row(metric="BIC", value=run.bic, unit="nats x 2", **names),
+        Row(metric="extended BIC", value=run.bic, unit="nats x 2", **names),
     )
 
 
@@ -134,7 +134,7 @@ def page(run: Discovery, written: Result | None = None) -> str:
         run=run,
         headline=headline(run),
         picture=graph_plots.drawing(run.names, links, headline(run)),
-        best=graph_plots.drawing(run.names, graph, "The graph of the lowest BIC"),
+        best=graph_plots.drawing(run.names, graph, "The graph of the lowest extended BIC"),
         heat=graph_plots.heat_map(run.names, run.probability, "Probability of a link for every pair"),
         legend=[(graph_plots.sample(a, b), text) for a, b, text in LEGEND],
         table=table,
