@@ -16,6 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -113,14 +114,14 @@ def _calibration(cfg: Config, posterior: Posterior) -> list[Row]:
 
 def _generator(cfg: Config) -> Draws:
     for size, number in _numbers(cfg):
-        yield {"data": "generator", "variables": size}, number, lambda: _drawn(number, size, cfg.rows, sem.SPOT)
+        yield {"data": "generator", "variables": size}, number, partial(_drawn, number, size, cfg.rows, sem.SPOT)
 
 
 def _networks(cfg: Config) -> Draws:
     for name, number in itertools.product(networks.GAUSSIAN, range(cfg.hidden_sets * cfg.seeds)):
         if name in cfg.networks:
             network = networks.gaussian(name)
-            yield {"data": name}, number, lambda: networks.linear_case(number, network, cfg.rows)
+            yield {"data": name}, number, partial(networks.linear_case, number, network, cfg.rows)
 
 
 def _sachs(cfg: Config) -> Draws:
@@ -132,13 +133,13 @@ def _structures(cfg: Config) -> Draws:
     for name, mechanism, number in itertools.product(networks.STRUCTURES, ("linear", "mlp"), counts):
         if name in cfg.networks:
             network, case = networks.structure(name), {"data": name, "mechanism": mechanism}
-            yield case, number, lambda: networks.drawn_case(number, network, cfg.rows, mechanism)
+            yield case, number, partial(networks.drawn_case, number, network, cfg.rows, mechanism)
 
 
 def _dag(cfg: Config) -> Draws:
     for size, number in _numbers(cfg):
         case = {"data": "generator without hidden causes", "variables": size}
-        yield case, number, lambda: _drawn(number, size, cfg.rows, UNCONFOUNDED)
+        yield case, number, partial(_drawn, number, size, cfg.rows, UNCONFOUNDED)
 
 
 PARTS: dict[str, Callable[[Config], Draws]] = {
@@ -168,7 +169,7 @@ def _answers(cfg: Config, posterior: Posterior, part: str) -> Iterator[Answer]:
     for case, number, draw in PARTS[part](cfg):
         console.print(f"{part} {case} {number}", markup=False, highlight=False)
         place = cfg.work / part / "-".join(str(value) for value in case.values()).replace(" ", "-")
-        drawn = harness.kept(place / f"{number}.npz", settings, lambda: draw()._asdict())
+        drawn = harness.kept(place / f"{number}.npz", settings, partial(_as_dict, draw))
         family = "dag" if part == "dag" else "ancestral"
         question = methods.Question(drawn["data"], number, posterior, family, cfg.restarts)
         if question.data.shape[1] > cfg.search_at_most:
@@ -179,10 +180,18 @@ def _answers(cfg: Config, posterior: Posterior, part: str) -> Iterator[Answer]:
         earlier: dict[str, dict[str, methods.Marks]] = {}
         for name in asked:
             for scale in methods.scales(name):
-                ask = lambda: {"marks": methods.ask(name, scale, question, earlier.get(scale, {}))}
+                ask = partial(_marks, name, scale, question, earlier.get(scale, {}))
                 marks = harness.kept(place / f"{number}-{name}-{scale}.npz", settings, ask)["marks"]
                 earlier.setdefault(scale, {})[name] = marks
                 yield Answer(whole, number, name, scale, marks, drawn["mag"])
+
+
+def _as_dict(draw: Callable[[], Case]) -> dict[str, np.ndarray]:
+    return draw()._asdict()
+
+
+def _marks(*question) -> dict[str, np.ndarray]:
+    return {"marks": methods.ask(*question)}
 
 
 def _print(found: list[Row]) -> None:

@@ -31,13 +31,13 @@ from dmsec_jax.models.skeleton_net import SkeletonConfig
 SHIPPED = Path(__file__).parent / "assets" / "skeleton"
 """The posterior that is used by default."""
 Family = Literal["ancestral", "bow-free", "arid", "dag"]
-CLASSES: dict[str, tuple[spot.ClassFn, spot.OffendingFn]] = {
-    "ancestral": (penalties.ancestral, penalties.not_ancestral),
-    "bow-free": (penalties.bow_free, penalties.not_bow_free),
-    "arid": (penalties.arid, penalties.not_arid),
-    "dag": (penalties.unrestricted, lambda directed, bidirected: bidirected != 0),
+CLASSES: dict[str, tuple[spot.AcyclicFn, spot.ClassFn, spot.OffendingFn]] = {
+    "ancestral": (penalties.cyclic_too, penalties.acyclic_ancestral, penalties.not_ancestral),
+    "bow-free": (penalties.squarings, penalties.bow_free, penalties.not_bow_free),
+    "arid": (penalties.squarings, penalties.arid, penalties.not_arid),
+    "dag": (penalties.squarings, penalties.unrestricted, lambda directed, bidirected: bidirected != 0),
 }
-"""Family of graphs -> its penalty, and the bidirected edges that offend it."""
+"""Family of graphs -> its penalties, and the bidirected edges that offend it."""
 LEGAL: dict[str, climb.LegalFn] = {
     "ancestral": climb.stays_ancestral,
     "bow-free": climb.stays_acyclic,
@@ -167,11 +167,12 @@ def _begun(keys: Key, covariance, guide: spot.Guide, cfg: spot.Config) -> spot.S
     return spread.whole(jax.vmap(lambda key: spot.init(key, covariance, guide, cfg))(spread.even(keys)))
 
 
-@functools.partial(jax.jit, static_argnames="class_fn")
-def _advanced(keys, state, covariance, num_rows, guide, cfg, class_fn):
+@functools.partial(jax.jit, static_argnames=("acyclic_fn", "class_fn"))
+def _advanced(keys, state, covariance, num_rows, guide, cfg, acyclic_fn, class_fn):
     def one(key, state):
         own = jax.random.fold_in(key, state.i)
-        return spot.step(own, state, covariance, num_rows, guide, cfg, class_fn=class_fn)
+        options = {"acyclic_fn": acyclic_fn, "class_fn": class_fn}
+        return spot.step(own, state, covariance, num_rows, guide, cfg, **options)
 
     return spread.whole(jax.vmap(one)(*spread.even((keys, state))))
 
@@ -184,14 +185,14 @@ def _finished(state, covariance, num_rows, cfg, required, offending_fn):
 
 def _searched(key, covariance, rows: int, guide: spot.Guide, required, model: SPOT, report: OnStep) -> Found:
     """`spot.search` with the same guide for every start, one step at a time, so that progress can be shown."""
-    class_fn, offending_fn = CLASSES[model.family]
+    acyclic_fn, class_fn, offending_fn = CLASSES[model.family]
     cfg, stage = model.search, f"search from {model.restarts} starts"
     num_rows = jnp.float32(rows)
     keys = jax.random.split(key, model.restarts)
     report(stage, 0, cfg.num_steps + 1)
     state = _begun(keys, covariance, guide, cfg)
     for i in range(cfg.num_steps):
-        state, info = _advanced(keys, state, covariance, num_rows, guide, cfg, class_fn)
+        state, info = _advanced(keys, state, covariance, num_rows, guide, cfg, acyclic_fn, class_fn)
         finite = bool(info.finite.any())
         require(finite, "the search", "finite", f"NaN in step {i + 1}", "lower search.learning_rate")
         report(stage, i + 1, cfg.num_steps + 1)

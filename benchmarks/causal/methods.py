@@ -103,6 +103,6 @@ def _local(question: Question, probability, orders) -> Marks:
 
 @functools.partial(jax.jit, static_argnames="family")
 def _searched(key: Key, covariance, num_rows, guidance, cfg, family) -> spot.Graph:
-    class_fn, offending_fn = discovery.CLASSES[family]
-    options = {"class_fn": class_fn, "offending_fn": offending_fn}
+    acyclic_fn, class_fn, offending_fn = discovery.CLASSES[family]
+    options = {"acyclic_fn": acyclic_fn, "class_fn": class_fn, "offending_fn": offending_fn}
     return spot.search(key, covariance, num_rows, guidance, cfg, **options)[0]

@@ -47,6 +47,13 @@ def ancestral(directed: Coefficients, bidirected: Coefficients) -> Float[Array, 
     return (paths * jnp.square(bidirected)).sum()
 
 
+def acyclic_ancestral(directed: Coefficients, bidirected: Coefficients) -> Float[Array, ""]:
+    """Zero if and only if the graph is acyclic and `ancestral` is: both from the same powers, at half the cost."""
+    doublings = max(6, _doublings(directed.shape[0]))
+    paths = _power(jnp.square(directed) / 2**doublings, doublings)
+    return jnp.trace(paths) + (paths * jnp.square(bidirected)).sum()
+
+
 def bow_free(directed: Coefficients, bidirected: Coefficients) -> Float[Array, ""]:
     """Zero if and only if no pair has both edges."""
     return (jnp.square(directed) * jnp.square(bidirected)).sum()
@@ -75,6 +82,11 @@ def arid(directed: Coefficients, bidirected: Coefficients) -> Float[Array, ""]:
 
     inside = jax.lax.fori_loop(0, size, narrowed, jnp.ones((size, size)))
     return (inside * (1 - one)).sum()
+
+
+def cyclic_too(directed: Coefficients) -> Float[Array, ""]:
+    """Zero: for classes whose penalty includes that of cycles."""
+    return jnp.float32(0)
 
 
 def unrestricted(directed: Coefficients, bidirected: Coefficients) -> Float[Array, ""]:

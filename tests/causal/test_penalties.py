@@ -10,6 +10,7 @@ from dmsec_jax.causal import graphs, penalties
 
 CLASSES = {
     "ancestral": (penalties.ancestral, graphs.is_ancestral, penalties.not_ancestral),
+    "acyclic and ancestral": (penalties.acyclic_ancestral, graphs.is_ancestral, penalties.not_ancestral),
     "bow-free": (penalties.bow_free, graphs.is_bow_free, penalties.not_bow_free),
     "arid": (penalties.arid, graphs.is_arid, penalties.not_arid),
 }
@@ -52,7 +53,12 @@ def test_arid_tells_bow_free_graphs_apart():
     assert jax.jit(penalties.bow_free)(directed, bidirected) == 0
 
 
-@pytest.mark.parametrize("penalty", [penalties.squarings, penalties.log_det])
+def both(directed):
+    """Of a graph without hidden causes."""
+    return penalties.acyclic_ancestral(directed, jnp.zeros_like(directed))
+
+
+@pytest.mark.parametrize("penalty", [penalties.squarings, penalties.log_det, both])
 def test_acyclicity_is_zero_exactly_without_cycles(penalty):
     rng = np.random.default_rng(0)
     acyclic = weighted(2, mixed_graphs.random_dags(0, 200, 6, 0.5))
