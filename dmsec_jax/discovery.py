@@ -139,7 +139,7 @@ class SPOT(BaseEstimator):
         self.names_, self.feature_names_in_ = table.names, np.array(table.names, dtype=object)
         self.n_features_in_, self.num_rows_ = size, rows
         self.notes_ = (
-            *_notes(table, posterior, self.transform, self.bics_, self.marks_),
+            *_notes(table, posterior, self.transform, self.bics_),
             *_agreement(self.edge_probabilities_, self.mag_),
         )
         return self
@@ -255,7 +255,7 @@ def _guide(probability, known, family: str) -> spot.Guide:
     return guide._replace(directed=guide.directed & allowed, bidirected=guide.bidirected & ~decided)
 
 
-def _notes(table: Table, posterior: Posterior, transform: str, bics, marks) -> tuple[str, ...]:
+def _notes(table: Table, posterior: Posterior, transform: str, bics) -> tuple[str, ...]:
     """What a reader must know of this table."""
     rows, size = table.values.shape
     notes = []
@@ -280,10 +280,10 @@ def _notes(table: Table, posterior: Posterior, transform: str, bics, marks) -> t
         notes.append(
             f"Columns of five values or fewer: {', '.join(few[:10])}. A linear model with noise may not suit them."
         )
-    different = sum(bool((one != marks[int(np.nanargmin(bics))]).any()) for one in marks)
-    if different:
+    worse = int((bics > np.nanmin(bics) + 1).sum())  # graphs that say the same have the same, up to rounding
+    if worse:
         notes.append(
-            f"{different} of {len(marks)} local searches ended in another graph; the one of the lowest extended BIC is shown."
+            f"{worse} of {len(bics)} local searches ended at a higher extended BIC; the graph of the lowest is shown."
         )
     return tuple(notes)
 

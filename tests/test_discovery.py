@@ -136,6 +136,17 @@ def test_fewer_rows_than_variables_are_shrunk_towards_independence():
     np.testing.assert_array_equal(discovery.regularised(corr, 100), corr)
 
 
+@pytest.mark.parametrize("rows", [5, 400])
+def test_nearly_equal_columns_and_few_rows_end_in_a_finite_graph(posterior, rows):
+    data = sample(rows)
+    data[:, 3] = -2 * data[:, 2] + 1e-3 * data[:, 3]
+    model = SPOT(restarts=2, search=SEARCH, posterior=posterior).fit(data)
+    assert np.isfinite(model.bics_).any()
+    for found in (model.edge_probabilities_, model.coef_, model.omega_, model.bic_):
+        assert np.isfinite(found).all()
+    assert (rows > 5) or any("no more rows than variables" in note for note in model.notes_)
+
+
 def csv_of(path, values):
     lines = [",".join(NAMES)] + [",".join("" if np.isnan(x) else f"{x:.6g}" for x in row) for row in values]
     path.write_text("\n".join(lines) + "\n")
