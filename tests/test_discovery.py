@@ -136,15 +136,21 @@ def test_fewer_rows_than_variables_are_shrunk_towards_independence():
     np.testing.assert_array_equal(discovery.regularised(corr, 100), corr)
 
 
-@pytest.mark.parametrize("rows", [5, 400])
-def test_nearly_equal_columns_and_few_rows_end_in_a_finite_graph(posterior, rows):
-    data = sample(rows)
-    data[:, 3] = -2 * data[:, 2] + 1e-3 * data[:, 3]
+def test_nearly_equal_columns_end_in_a_finite_graph(posterior):
+    data = sample()
+    data[:, 3] = -2 * data[:, 2] + 0.01 * data[:, 3]  # a correlation of 1 - 1e-5
     model = SPOT(restarts=2, search=SEARCH, posterior=posterior).fit(data)
-    assert np.isfinite(model.bics_).any()
     for found in (model.edge_probabilities_, model.coef_, model.omega_, model.bic_):
         assert np.isfinite(found).all()
-    assert (rows > 5) or any("no more rows than variables" in note for note in model.notes_)
+
+
+@pytest.mark.slow  # compiles for another number of variables
+def test_fewer_rows_than_variables_end_in_a_finite_graph_and_a_note(posterior):
+    data = np.random.default_rng(0).normal(size=(10, 12))
+    model = SPOT(restarts=2, search=SEARCH, posterior=posterior).fit(data)
+    for found in (model.edge_probabilities_, model.coef_, model.omega_, model.bic_):
+        assert np.isfinite(found).all()
+    assert any("no more rows than variables" in note for note in model.notes_)
 
 
 def csv_of(path, values):

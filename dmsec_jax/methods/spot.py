@@ -12,6 +12,7 @@ Algorithm
        where P says which coefficients may grow (`guide`) or what they cost; one `step` is one value of (rho, alpha).
     3. Drop coefficients below a threshold, and the weakest edge that keeps the graph out of its class, until none does (`finish`).
     4. Fit the graph that is left by maximum likelihood; of several starts keep the one of the lowest BIC (`search`).
+    `discovery.SPOT` goes on from the starts' orders of variables with a local search (`causal.refine`), which is not the paper's.
 
 Symbols
     W1 -> `directed`    W2 -> `bidirected`    P -> `Guide.probability`    lambda -> `penalty`    t -> `State.i`    Z -> `mag.Pseudo`
