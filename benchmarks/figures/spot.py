@@ -5,6 +5,7 @@ import json
 from benchmarks.figures import common
 from benchmarks.figures.common import number
 from benchmarks.harness import RESULTS
+from dmsec_jax import discovery
 from dmsec_jax.core.checks import require
 
 FOLDER = RESULTS / "spot"
@@ -18,7 +19,7 @@ METHODS = {
     "fci-andrey": "FCI (andrey)",
     "gfci": "GFCI (andrey)",
 }
-IDENTITY = ("part", "data", "mechanism", "variables", "scale", "against", "op", "clock", "compilation", "data_sets")
+IDENTITY = ("posterior", "part", "data", "mechanism", "variables", "scale", "against", "op", "clock", "compilation", "data_sets")
 """What tells rows of one method and metric apart."""
 
 
@@ -36,7 +37,11 @@ def newest() -> list[dict]:
     """The newest row of each identity; files with the names of earlier benchmarks have no `skeleton_F1` and count for nothing."""
     found = {}
     for path in sorted(FOLDER.glob("*/*.json"), key=lambda path: path.name):
-        for row in json.loads(path.read_text())["rows"]:
+        content = json.loads(path.read_text())
+        posterior = content["config"]["posterior"]
+        for row in content["rows"]:
+            if posterior != discovery.SHIPPED.name:
+                row["case"]["posterior"] = f"(posterior: {posterior})"
             if " F1" not in row["metric"] and row["metric"] != "distance":
                 case = {name: row["case"].get(name) for name in IDENTITY if name != "data_sets" or "op" in row["case"]}
                 found[json.dumps([row["metric"], row["method"], case])] = row
@@ -61,7 +66,7 @@ def accuracy(rows: list[dict], metric: str) -> str:
 
 
 def _kind(case: dict) -> list:
-    return [case.get(name) for name in ("data", "mechanism", "variables")]
+    return [case.get(name) for name in ("data", "mechanism", "variables", "posterior")]
 
 
 def calibration(rows: list[dict]) -> str:
