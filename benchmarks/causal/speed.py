@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.causal import methods, peers
-from benchmarks.throughput import others, timing
+from benchmarks.throughput import timing
 from benchmarks.throughput.cases import PUBLIC, build
 from dmsec_jax import discovery
 from dmsec_jax.causal import rows, sem, skeleton
@@ -56,9 +56,8 @@ def _posterior(posterior: Posterior) -> Iterator[Row]:
 
 
 def _gradient(posterior: Posterior) -> Iterator[Row]:
-    import torch
+    from benchmarks.throughput import others  # PyTorch with it, which nothing else here needs
 
-    torch.set_num_threads(1)
     case = others.lagrangian(100, 1)
     sides = {"spot": build(case).run, PUBLIC: case.peers[PUBLIC]()}
     yield from _compared(sides, "spot", {"op": "value and gradient", "variables": 100, "rows": ROWS})
