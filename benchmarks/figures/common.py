@@ -14,12 +14,14 @@ from dmsec_jax.core.files import write_atomically
 
 SHARES = ("AUC", "TPR", "accuracy", "A-ESR")
 """What metrics that lie in [0, 1] start with."""
+TUNERS = {"": "", "full": "full", "lora": "LoRA", "oft": "OFT"}
+"""As people write them."""
 README = Path(__file__).parents[2] / "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Result rows of one set, tuner and number of pictures."""
+    """Result rows of one set, number of pictures and tuner, "" where nothing was fine-tuned."""
 
     name: str
     tuner: str
@@ -28,7 +30,7 @@ class Study:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {self.n0} pictures, {'full' if self.tuner == 'full' else 'LoRA'}"
+        return f"{self.name}, {self.n0} pictures{', ' * bool(self.tuner)}{TUNERS[self.tuner]}"
 
     @property
     def steps(self) -> list[int]:
@@ -52,7 +54,7 @@ def read(folder: Path, rows_of: Callable[[list[dict]], list[dict]]) -> list[Stud
     """
     newest = {}
     for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name):
-        key = lambda row: (row["case"]["set"], row["case"]["tuner"], row["case"]["n0"])
+        key = lambda row: (row["case"]["set"], row["case"].get("tuner", ""), row["case"]["n0"])
         rows = sorted(rows_of(json.loads(path.read_text())["rows"]), key=key)
         newest |= {names: Study(*names, list(members)) for names, members in itertools.groupby(rows, key)}
     require(len(newest) > 0, str(folder), "a folder with results", "none", f"run python -m benchmarks.{folder.name}")
