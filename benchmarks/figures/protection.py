@@ -16,6 +16,8 @@ METHODS = {
     "photoguard": ("PhotoGuard", "#b07aa1", "v"),
     "ace": ("ACE", "#17a589", "D"),
 }
+SHOWS = {"psnr": ".1f", "lpips": ".4f"}
+"""How much of the change shows: figure -> its format."""
 SHOWN = 8.0
 """The budget of the tables, in levels of 0..255."""
 
@@ -68,7 +70,7 @@ def loss_table(studies: list[Study]) -> str:
             p_value = study.first("loss_rise_p_value", method, **at)["value"]
             lead = study.first("loss_rise difference", "advdm", against=method, **at)
             found = [_detected(study, method, against) for against in ("clean", "noise")]
-            shows = [number(study.first(metric, method, budget=SHOWN), brief=True) for metric in ("psnr", "lpips")]
+            shows = [f"{study.first(name, method, budget=SHOWN)['value']:{form}}" for name, form in SHOWS.items()]
             p_text = f"{p_value:.1e}" if p_value < 0.001 else f"{p_value:.3f}"
             lines.append(
                 [study.name, str(study.n0), name, *shows, number(rise), p_text, number(lead, signed=True), *found]
