@@ -15,6 +15,7 @@ pytestmark = [
 LIMIT = 6 * 2**30
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("size", "scale"), [((4000, 3000), "model"), ((37, 5000), "source"), ((4000, 3000), "source")])
 def test_a_photo_and_a_strip_are_protected_within_six_gigabytes(tmp_path, size, scale):
     width, height = size
