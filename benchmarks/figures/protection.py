@@ -24,13 +24,18 @@ SHOWN = 8.0
 
 def main() -> None:
     """Writes the plots and puts the tables into the README."""
-    studies = common.read(FOLDER, lambda rows: rows)
+    studies = common.read(FOLDER, _rows, ("set", "tuner", "n0", "steps"))
     losses = [study for study in studies if not study.tuner]
     imitations = [study for study in studies if study.tuner]
     parts = [f"![Rise of the held-out loss]({over_budgets(losses)})", loss_table(losses), purifier_table(losses)]
     if imitations:
         parts += [f"![Imitation of protected pictures]({imitation(imitations)})", imitation_table(imitations)]
     common.into_readme("protection", "\n\n".join(parts))
+
+
+def _rows(rows: list[dict]) -> list[dict]:
+    """All but what the attacks cost."""
+    return [row for row in rows if row["metric"] not in ("gflops", "seconds")]
 
 
 def over_budgets(studies: list[Study]) -> str:
@@ -141,14 +146,14 @@ def imitation(studies: list[Study]) -> str:
         first = panel in panels[:, 0]
         panel.set_yticks(y, [name for name, _ in arms] if first else [""] * len(arms), fontsize=7)
         panel.grid(axis="x", linewidth=0.3)
-        panel.set_title(study.title, fontsize=9)
+        panel.set_title(f"{study.title}, {study.steps[0]} steps", fontsize=8)
         panel.set_xlabel("likeness to hold-outs", fontsize=8)
     return common.save(figure, FOLDER / "imitation.svg")
 
 
 def imitation_table(studies: list[Study]) -> str:
     """Markdown: each arm's imitation and distance, and how they differ from clean and from noise, paired by seed."""
-    head = ["set", "N0", "tuner", "fine-tuned on", "imitation", "against clean", "against noise"]
+    head = ["set", "N0", "tuner", "steps", "fine-tuned on", "imitation", "against clean", "against noise"]
     lines = [[*head, "Frechet", "against clean", "against noise"]]
     for study in studies:
         for name, row in _arms(study, "imitation"):
@@ -159,5 +164,5 @@ def imitation_table(studies: list[Study]) -> str:
                 for reference in ("clean", "noise"):
                     found = study.first(f"{metric} difference", row["method"], against=reference, **case)
                     cells.append(number(found, signed=True))
-            lines.append([study.name, str(study.n0), TUNERS[study.tuner], name, *cells])
+            lines.append([study.name, str(study.n0), TUNERS[study.tuner], str(study.steps[0]), name, *cells])
     return common.table(lines)
