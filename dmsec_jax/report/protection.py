@@ -114,10 +114,12 @@ def headline(run: Protection) -> str:
         return "No protection was measured: random noise of the same size raises the model's loss as much."
     gone = [effect for effect in purified if not effect.real]
     left = min((effect.beyond.value for effect in purified), default=0.0)
-    share = f"The model's loss rises by {first.protected:.0%}, with random noise of the same size by {first.noise:.0%}"
+    percent = lambda value: f"{round(100 * value) + 0:d}%"  # no "-0%"
+    share = f"The model's loss rises by {percent(first.protected)}, with random noise of the same size by {percent(first.noise)}"
     if not purified:
         return f"{share}; no purifier was tried."
-    return f"{share}; the best of {len(purified)} purifiers leaves {left:.0%} beyond noise, {len(gone)} leave nothing."
+    nothing = f", {len(gone)} leave nothing" if gone else ""
+    return f"{share}; the best of {len(purified)} purifiers leaves {left:.0%} beyond noise{nothing}."
 
 
 CAUTION = (
@@ -209,8 +211,9 @@ def page(run: Protection, written: Result | None = None) -> str:
     return html.render(
         "protection",
         run=run,
-        headline=headline(run),
-        imitation_headline=imitation_headline(run),
+        headlines=[imitation_headline(run), headline(run)]
+        if run.imitations
+        else [headline(run), imitation_headline(run)],
         imitated=imitated(run),
         strips=[
             (name, [html.picture(image, f"a sample after {name}") for image in np.asarray(one.samples)[:STRIP]])
