@@ -123,8 +123,9 @@ def headline(run: Protection) -> str:
 
 
 CAUTION = (
-    "The loss is that of the one model that was attacked, and does not say how well pictures are imitated: in this project's benchmark the method that "
-    "raises it most hindered imitators of some pictures and helped those of others. Another model, a purifier or a few clean pictures may undo what there is."
+    "The loss is that of the one model that was attacked, and does not say how well pictures are imitated: in this project's benchmark the "
+    "method that raises it most hindered imitators of some pictures and helped those of others. Another model, a purifier or a few clean "
+    "pictures may undo what there is."
 )
 
 
