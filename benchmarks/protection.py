@@ -23,9 +23,9 @@ from benchmarks.trained import Training
 from dmsec_jax import pipeline, protection, robustness
 from dmsec_jax.core import config
 from dmsec_jax.data.images import to_uint8
+from dmsec_jax.imitation import FEATURES, embed
 from dmsec_jax.metrics import evidence
 from dmsec_jax.metrics.extraction import seed_interval
-from dmsec_jax.models import features
 from dmsec_jax.report.result import Row, row_over
 
 
@@ -43,6 +43,8 @@ class Config:
     steps: int = 40
     """Of AdvDM; the others take as many tens of steps as cost the same, at least ten."""
     purifiers: tuple[str, ...] = tuple(robustness.PURIFIERS)
+    purified: tuple[float, ...] = (4.0, 8.0, 16.0)
+    """Of the budgets, those at which purifiers are tried."""
     tuners: tuple[str, ...] = ()
     """`full`, `lora`: how the imitator fine-tunes; none leaves the imitation out."""
     imitated: tuple[str, ...] = ("advdm", "photoguard")
@@ -95,6 +97,8 @@ def _loss_rows(cfg: Config, run: Run, gains: dict) -> list[Row]:
     """Rises of the loss and sizes of the change of one seed; `gains` collects (case, method) -> picture -> gains over seeds."""
     rows = []
     for purifier, budget in itertools.product(("", *cfg.purifiers), cfg.budgets):
+        if purifier and budget not in cfg.purified:
+            continue
         clean = run.losses(Arm("clean", purifier=purifier))
         noise = run.losses(Arm("noise", budget, purifier))
         case = run.case | Arm("", budget, purifier).case
@@ -194,10 +198,10 @@ def _imitation(cfg: Config, runs: list[Run], tuner: str, tell) -> list[Row]:
     settings = json.dumps(cfg.set)
     folder = cfg.work / f"{runs[0].case['set']}_base"
     untuned = imitation.samples(folder, runs[0].training_fn(tuner), None, "samples", cfg.samples, "")
-    origin, results = imitation.features_of(untuned), []
+    origin, results = embed(untuned), []
 
     def add(run: Run, method: str, arm: Arm, drawn: np.ndarray) -> None:
-        found = imitation.figures(drawn, imitation.features_of(run.holdout), origin)
+        found = imitation.figures(drawn, embed(run.holdout), origin)
         case = run.case | {"tuner": tuner, "steps": cfg.tuning_steps} | arm.case
         case |= {"coverage": 1 - arm.clean / cfg.n0 if arm.budget else 0.0}
         new = imitation.rows(found, method, case, cfg.samples)
@@ -205,13 +209,13 @@ def _imitation(cfg: Config, runs: list[Run], tuner: str, tell) -> list[Row]:
 
     for run in runs:
         add(run, "untuned", CLEAN, origin)
-        add(run, "artist", CLEAN, imitation.features_of(run.clean))
+        add(run, "artist", CLEAN, embed(run.clean))
     for arm, run in itertools.product(_arms(cfg), runs):
         place = run.folder / f"imitation-{tuner}-{cfg.tuning_steps}"
         own = json.dumps([settings, *run.settings, run.steps.get(arm.method)])
         views = run.views(arm)
         drawn = imitation.samples(place, run.training_fn(tuner), views, arm.name, cfg.samples, own)
-        add(run, arm.method, arm, imitation.features_of(drawn))
+        add(run, arm.method, arm, embed(drawn))
         tell(f"{tuner} {arm.name} seed {run.seed}")
     return harness.over_seeds(results) + _against(results, "imitation") + _against(results, "frechet")
 
@@ -246,7 +250,7 @@ def _write(cfg: Config, rows: list[Row], seconds: float) -> None:
     notes = [
         "intervals over seeds (Student t), whose pictures may overlap; p-values over different pictures",
         "attacker, imitator and judge use one model and one prompt: the best case for the protection",
-        f"imitation and Frechet distance: {features.NAME}",
+        f"imitation and Frechet distance: {FEATURES}",
     ]
     harness.write("protection", rows, settings, {"all": seconds}, notes)
 

@@ -26,7 +26,8 @@ FLOOR = {
     "loading": 5,
     "launch": 5,
     "report": 6,
-    "commands": 8,
+    "imitation": 8,
+    "commands": 9,
     "pipeline": 6,
     "pretrain": 7,
     "audit": 7,
@@ -37,8 +38,8 @@ FLOOR = {
     "robustness": 7,
     "monitoring": 7,
     "tuning": 7,
-    "cli": 9,
-    "__main__": 10,
+    "cli": 10,
+    "__main__": 11,
 }
 HOME_OF = {"flax": {"models"}, "numpyro": {"causal"}, "torch": set(), "diffusers": set(), "transformers": set()}
 FUNCTIONS_ONLY = {"models", "checkpoints"}  # methods see functions, never models

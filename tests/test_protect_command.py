@@ -1,12 +1,13 @@
 """`dmsec protect`: all kinds of files in one folder, budgets in what was saved, interruption, refusals."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dmsec_jax import cli, protection
+from dmsec_jax import cli, imitation, protection
 from dmsec_jax.commands import protect
 
 pytestmark = pytest.mark.slow  # compiles the gradient through both networks
@@ -109,6 +110,21 @@ def test_masks_protect_only_there(pictures, options, tmp_path):
     assert not changed[:, 10:].any()
 
 
+def test_imitators_are_trained_once_and_compared(pictures, whole, options, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "out")
+    more = {"imitation_steps": 25, "imitated_after": ("blur",), "holdouts": pictures}
+    cfg = protect.Config(images=pictures, out=tmp_path / "out", **options, **more)
+    assert protect.run(cfg) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    likeness = result["details"]["likeness"]
+    assert list(likeness) == ["clean", "noise", "protected", "protected, then blur"]
+    assert likeness["clean"] != likeness["protected"]
+    assert {row["case"]["purifier"] for row in result["rows"] if row["metric"] == "imitation"} == {"none", "blur"}
+    monkeypatch.setattr(imitation, "imitate", None)  # everything is there
+    assert protect.run(cfg) == 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["details"]["likeness"] == likeness
+
+
 @pytest.mark.parametrize("surrogate", ["fsmg", "aspl"])
 def test_a_model_that_learns_can_be_attacked_and_the_report_says_so(pictures, whole, options, tmp_path, surrogate):
     cfg = protect.Config(images=pictures, out=tmp_path, surrogate=surrogate, surrogate_steps=2, **options)
@@ -133,6 +149,8 @@ def test_bad_input_is_named_before_anything_is_written(tiny_folder, pictures, tm
     assert "budget must be" in capsys.readouterr().err
     assert cli.main([*start, str(pictures), "--purifiers", "magic"]) == 1
     assert "'magic'" in capsys.readouterr().err
+    assert cli.main([*start, str(pictures), "--imitation-steps", "30"]) == 1
+    assert "imitation_steps must be a multiple of 25" in capsys.readouterr().err
     assert cli.main([*start, str(pictures), "--surrogate", "aspl", "--method", "noise"]) == 1
     assert "surrogate must be none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,9 +1,7 @@
 """`python -m benchmarks.figures`: writes all plots and puts all tables into the README."""
 
-from benchmarks.figures import authentication, extraction, pod, spot
+from benchmarks.figures import authentication, corruption, extraction, pod, protection, spot
 
 if __name__ == "__main__":
-    extraction.main()
-    authentication.main()
-    pod.main()
-    spot.main()
+    for part in (extraction, authentication, protection, corruption, pod, spot):
+        part.main()

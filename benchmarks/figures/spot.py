@@ -19,7 +19,19 @@ METHODS = {
     "fci-andrey": "FCI (andrey)",
     "gfci": "GFCI (andrey)",
 }
-IDENTITY = ("posterior", "part", "data", "mechanism", "variables", "scale", "against", "op", "clock", "compilation", "data_sets")
+IDENTITY = (
+    "posterior",
+    "part",
+    "data",
+    "mechanism",
+    "variables",
+    "scale",
+    "against",
+    "op",
+    "clock",
+    "compilation",
+    "data_sets",
+)
 """What tells rows of one method and metric apart."""
 
 

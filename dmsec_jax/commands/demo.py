@@ -31,6 +31,8 @@ TRAINED = 10
 """Pictures trained on, by default."""
 PURIFIERS = ("jpeg", "blur", "autoencoder", "noisy-upscaling")
 """Tried on the protected pictures: two for everybody, two that take the model."""
+IMITATION_STEPS = 200
+"""Of each fine-tuning on clean, noised and protected pictures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,7 @@ def _protect(cfg: Config, base: pipeline.Pipeline, prompt: str, pictures: ImageS
         model=cfg.model,
         prompt=prompt,
         purifiers=PURIFIERS,
+        imitation_steps=IMITATION_STEPS,
         seed=cfg.settings.seed,
     )
     sizes = {}
@@ -204,7 +207,7 @@ def _protect(cfg: Config, base: pipeline.Pipeline, prompt: str, pictures: ImageS
     require(bool(sizes), str(chosen.images), "a folder of pictures to protect", "none", "set protected to 0")
     found = protect.protect(chosen, sizes, base, console)
     protection_report.write(chosen.out, found)
-    return protection_report.headline(found)
+    return f"{protection_report.headline(found)} {protection_report.imitation_headline(found)}"
 
 
 def _pictures(cfg: Config, pixels: int) -> tuple[ImageSet, ImageSet | None]:

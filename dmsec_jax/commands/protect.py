@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from dmsec_jax import pipeline, protection, robustness, surrogates
+from dmsec_jax import imitation, pipeline, protection, robustness, surrogates, tuning
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.files import read_json, sha256, write_json
@@ -31,6 +31,19 @@ from dmsec_jax.report.protection import Protected, Protection
 STRENGTHS = {"slight": 4.0, "medium": 8.0, "strong": 16.0}
 """Levels of 0..255; medium is the paper's."""
 PROGRESS = "progress.json"
+JUDGING = (
+    "out",
+    "images",
+    "purifiers",
+    "imitation_steps",
+    "imitation_recipe",
+    "imitated_after",
+    "holdouts",
+    "batch_size",
+)
+"""Options that do not change the protected pictures."""
+SAMPLES = 32
+"""Drawn of each imitator."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +87,15 @@ class Config:
     """Of the fine-tuning with fsmg."""
     purifiers: tuple[str, ...] = tuple(robustness.PURIFIERS)
     """Which purifiers to try on the result."""
+    imitation_steps: int = 0
+    """Fine-tune the model for so many steps on the clean, the noised and the protected pictures each, and compare what they draw; a few hundred
+    tell, 0 leaves it out."""
+    imitation_recipe: Path | None = None
+    """YAML file as `configs/finetune/*.yaml`: how the imitator fine-tunes; default: all weights of the UNet."""
+    imitated_after: tuple[str, ...] = ()
+    """Purifiers after which the protected pictures are fine-tuned on too."""
+    holdouts: Path | None = None
+    """Folder of other pictures by the same artist, which imitations are compared with; default: the pictures as they were."""
     batch_size: int = 16
     """Tiles at once; does not change the result."""
     seed: int = 0
@@ -99,9 +121,11 @@ def check(cfg: Config) -> None:
     attacks = cfg.surrogate == "none" or cfg.method != "noise"
     require(attacks, "surrogate", "none with the control", cfg.surrogate, "choose a method that attacks")
     require(cfg.surrogate_steps >= 1, "surrogate_steps", "at least 1", cfg.surrogate_steps, "raise it")
-    for name in cfg.purifiers:
-        known = ", ".join(robustness.PURIFIERS)
-        require(name in robustness.PURIFIERS, "purifiers", f"of {known}", repr(name), "choose some of them")
+    known = ", ".join(robustness.PURIFIERS)
+    for option in ("purifiers", "imitated_after"):
+        for name in getattr(cfg, option):
+            require(name in robustness.PURIFIERS, option, f"of {known}", repr(name), "choose some of them")
+    _recipe(cfg)
 
 
 def protect(
@@ -144,6 +168,15 @@ def settings_of(cfg: Config) -> Settings:
     )
 
 
+def _recipe(cfg: Config) -> tuning.Recipe:
+    """How the imitator fine-tunes."""
+    require(cfg.imitation_steps >= 0, "imitation_steps", "at least 0", cfg.imitation_steps, "0 leaves it out")
+    recipe = tuning.read(cfg.imitation_recipe, ())
+    fits = cfg.imitation_steps % recipe.chunk_steps == 0
+    require(fits, "imitation_steps", f"a multiple of {recipe.chunk_steps}", cfg.imitation_steps, "round it")
+    return tuning.read(cfg.imitation_recipe, (f"tune.num_steps={max(1, cfg.imitation_steps)}",))
+
+
 def _files(folder: Path) -> list[Path]:
     """The picture files of a folder, by name."""
     require(folder.is_dir(), str(folder), "a folder of pictures", "something else", "correct the path")
@@ -183,11 +216,7 @@ def _target(path: Path | None, side: int) -> np.ndarray | None:
 
 def _origin(cfg: Config, base: pipeline.Pipeline) -> str:
     """Digest of all that decides the pixels besides the picture itself."""
-    chosen = {
-        name: value
-        for name, value in config.to_dict(cfg).items()
-        if name not in ("out", "purifiers", "images", "batch_size")
-    }
+    chosen = {name: value for name, value in config.to_dict(cfg).items() if name not in JUDGING}
     parts = {name: path and sha256(path) for name, path in (("mask", cfg.mask), ("target", cfg.target))}
     return hashlib.sha256(json.dumps([chosen, base.sha256, parts], sort_keys=True).encode()).hexdigest()
 
@@ -295,6 +324,7 @@ def _judged(cfg: Config, files, base, model, settings: Settings, console: Consol
         for name in progress.track(cfg.purifiers, description="purifying"):
             purify = robustness.PURIFIERS[name].apply
             losses[name] = {kind: measure(purify(key_purify, part, base, cfg.prompt)) for kind, part in stacked.items()}
+    imitations, likened = _imitated(cfg, base, stacked, key_purify, console) if cfg.imitation_steps else ({}, "")
     return Protection(
         method=cfg.method,
         budget=float(settings.budget.to("8bit")),
@@ -306,8 +336,28 @@ def _judged(cfg: Config, files, base, model, settings: Settings, console: Consol
         clean=stacked["clean"],
         protected=stacked["protected"],
         losses=losses,
+        imitations=imitations,
+        likened=likened,
         notes=(*notes, *_remarks(cfg)),
     )
+
+
+def _imitated(
+    cfg: Config, base: pipeline.Pipeline, views: dict[str, np.ndarray], key, console: Console
+) -> tuple[dict[str, report.Imitation], str]:
+    """What models draw after a fine-tuning on each kind of pictures, kept in `cfg.out` one by one; and what they are compared with."""
+    kinds = {name: views[name] for name in ("clean", "noise", "protected")}
+    for name in cfg.imitated_after:
+        kinds[f"protected, then {name}"] = robustness.PURIFIERS[name].apply(key, views["protected"], base, cfg.prompt)
+    artist, likened = views["clean"], "the pictures as they were"
+    if cfg.holdouts is not None:
+        shown = [originals.read(path).shown for path in _files(cfg.holdouts)]
+        artist, likened = np.stack([robustness.view(one, base.pixels) for one in shown]), "other pictures by the artist"
+    with console.status("fine-tuning imitators"):
+        found = imitation.compare(
+            cfg.seed, base, kinds, artist, cfg.prompt, _recipe(cfg), SAMPLES, folder=cfg.out / "imitation"
+        )
+    return {name: report.Imitation(*one) for name, one in found.items()}, likened
 
 
 def _remarks(cfg: Config) -> list[str]:

@@ -3,12 +3,13 @@
 import dataclasses
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from dmsec_jax.core.types import AnyArray
-from dmsec_jax.metrics.extraction import Interval
+from dmsec_jax.metrics.extraction import Interval, seed_interval
 from dmsec_jax.metrics.protection import Change, rise
 from dmsec_jax.report import page as html
 from dmsec_jax.report import result
@@ -18,6 +19,8 @@ AMPLIFIED = 8
 """How many times larger the difference is shown."""
 LEVEL = 0.01
 """p-value under which an effect counts."""
+STRIP = 8
+"""Samples of each imitator in the page."""
 SHOWN = 24
 """Pictures in the page."""
 
@@ -41,6 +44,8 @@ class Protection:
         pictures: one by one.
         clean, protected: views [N, H, W, 3] in [-1, 1] as the model sees them, before and after.
         losses: purifier ("" for none) -> "clean", "protected" and "noise" -> held-out loss [N].
+        imitations: what was fine-tuned on ("clean", "noise", "protected", or "protected, then PURIFIER") -> `Imitation`; none if nobody imitated.
+        likened: what its likeness is to.
         notes, command, config, seeds, seconds, inputs: as in `result.Result`.
     """
 
@@ -54,6 +59,8 @@ class Protection:
     clean: Float[AnyArray, "N H W 3"]
     protected: Float[AnyArray, "N H W 3"]
     losses: dict
+    imitations: dict = dataclasses.field(default_factory=dict)
+    likened: str = ""
     notes: tuple[str, ...] = ()
     command: str = ""
     config: dict = dataclasses.field(default_factory=dict)
@@ -78,6 +85,13 @@ class Effect:
         return bool(self.p_value < LEVEL)
 
 
+class Imitation(NamedTuple):
+    """What a model drew after a fine-tuning, in [-1, 1], and how like the artist's pictures each sample is."""
+
+    samples: Float[AnyArray, "K H W 3"]
+    likeness: Float[AnyArray, "K"]
+
+
 def effects(run: Protection) -> list[Effect]:
     """One for each purifier, the untouched pictures first; all relative to the clean pictures after the same purifier."""
     found = []
@@ -100,22 +114,51 @@ def headline(run: Protection) -> str:
         return "No protection was measured: random noise of the same size raises the model's loss as much."
     gone = [effect for effect in purified if not effect.real]
     left = min((effect.beyond.value for effect in purified), default=0.0)
-    share = f"The model's loss rises by {first.protected:.0%}, with random noise of the same size by {first.noise:.0%}"
+    percent = lambda value: f"{round(100 * value) + 0:d}%"  # no "-0%"
+    share = f"The model's loss rises by {percent(first.protected)}, with random noise of the same size by {percent(first.noise)}"
     if not purified:
         return f"{share}; no purifier was tried."
-    return f"{share}; the best of {len(purified)} purifiers leaves {left:.0%} beyond noise, {len(gone)} leave nothing."
+    nothing = f", {len(gone)} leave nothing" if gone else ""
+    return f"{share}; the best of {len(purified)} purifiers leaves {left:.0%} beyond noise{nothing}."
 
 
 CAUTION = (
-    "This is the loss of the one model that was attacked. A higher loss makes learning harder; it does not say by how much imitation gets worse, "
-    "and another model, a purifier or a few clean pictures may undo it."
+    "The loss is that of the one model that was attacked, and does not say how well pictures are imitated: in this project's benchmark the "
+    "method that raises it most hindered imitators of some pictures and helped those of others. Another model, a purifier or a few clean "
+    "pictures may undo what there is."
 )
+
+
+def imitated(run: Protection) -> list[tuple[str, Interval, Interval | None, Interval | None]]:
+    """(what was fine-tuned on, likeness, its difference to clean, to noise); samples, paired by their first noise, are the sample."""
+    found = []
+    for name, one in run.imitations.items():
+        gap = lambda other, one=one: seed_interval(one.likeness - run.imitations[other].likeness)
+        against = [None if name in ("clean", other) else gap(other) for other in ("clean", "noise")]
+        found.append((name, seed_interval(one.likeness), *against))
+    return found
+
+
+def imitation_headline(run: Protection) -> str:
+    """Whether the protection hindered an imitator, in one sentence."""
+    if not run.imitations:
+        return "Whether it keeps a model from imitating the pictures was not tried; --imitation-steps does."
+    found = {name: rest for name, *rest in imitated(run)}
+    value, to_clean, to_noise = found["protected"]
+    figures = f"likeness {value.value:.2f}, with clean pictures {found['clean'][0].value:.2f}, with noised ones {found['noise'][0].value:.2f}"
+    if max(to_clean.high, to_noise.high) < 0:
+        return f"A model fine-tuned on the protected pictures imitates them less well: {figures}."
+    if min(to_clean.low, to_noise.low) > 0:
+        return f"A model fine-tuned on the protected pictures imitates them better, not worse: {figures}."
+    return f"The protection did not keep a model from imitating the pictures: {figures}."
 
 
 def summary(run: Protection) -> str:
     """The outcome for a terminal, plain text."""
     psnr = np.median([picture.change.psnr for picture in run.pictures])
-    lines = [*textwrap.wrap(headline(run), 80), "", *textwrap.wrap(CAUTION, 80), ""]
+    lines = []
+    for text in (headline(run), imitation_headline(run), CAUTION):
+        lines += [*textwrap.wrap(text, 80), ""]
     lines += [f"{len(run.pictures)} pictures, {run.method}, {run.budget:g} levels, median PSNR {psnr:.1f} dB", ""]
     lines += [f"{'rise of the held-out loss':30}{'protected':>10}{'noise':>8}{'beyond noise (95 %)':>24}"]
     for effect in effects(run):
@@ -142,6 +185,17 @@ def rows(run: Protection, case: dict) -> tuple[Row, ...]:
         known = values[np.isfinite(values)]
         value = float(known.mean()) if known.size else None
         found.append(Row(value=value, n=len(known), metric=metric, unit=unit, case=case, **names))
+    for name, likeness, *gaps in imitated(run):
+        method, _, purifier = name.partition(", then ")
+        method = run.method if method == "protected" else method
+        full = {**case, "purifier": purifier or "none", "coverage": float(method == run.method)}
+        more = {"bench": "protection", "method": method, "unit": "cosine"}
+        found.append(result.row_over(likeness, metric="imitation", case=full, **more))
+        for other, gap in zip(("clean", "noise"), gaps, strict=True):
+            if gap is not None:
+                found.append(
+                    result.row_over(gap, metric="imitation difference", case={**full, "against": other}, **more)
+                )
     return tuple(found)
 
 
@@ -158,7 +212,14 @@ def page(run: Protection, written: Result | None = None) -> str:
     return html.render(
         "protection",
         run=run,
-        headline=headline(run),
+        headlines=[imitation_headline(run), headline(run)]
+        if run.imitations
+        else [headline(run), imitation_headline(run)],
+        imitated=imitated(run),
+        strips=[
+            (name, [html.picture(image, f"a sample after {name}") for image in np.asarray(one.samples)[:STRIP]])
+            for name, one in run.imitations.items()
+        ],
         caution=CAUTION,
         effects=effects(run),
         lines=lines[:SHOWN],
@@ -182,6 +243,7 @@ def result_of(run: Protection) -> Result:
         details={
             "prompt": run.prompt,
             "changes": {picture.name: picture.change._asdict() for picture in run.pictures},
+            "likeness": {name: list(map(float, one.likeness)) for name, one in run.imitations.items()},
             "losses": {name or "none": kinds for name, kinds in run.losses.items()},
         },
         notes=run.notes,

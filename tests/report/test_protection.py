@@ -8,7 +8,7 @@ import pytest
 from dmsec_jax.metrics.protection import Change
 from dmsec_jax.report import protection as report
 from dmsec_jax.report import result
-from dmsec_jax.report.protection import Protected, Protection
+from dmsec_jax.report.protection import Imitation, Protected, Protection
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}&amp;\u202e\x1b[2J"
 CLEAN = np.array([0.20, 0.30, 0.25, 0.40, 0.35, 0.22])
@@ -75,6 +75,41 @@ def test_page_and_summary_caution_and_show_every_effect(made):
     summary = report.summary(chosen)
     assert "as saved" in summary
     assert f"{100 * report.effects(chosen)[1].beyond.value:+.1f} %" in summary
+
+
+def imitations(made, protected, **more):
+    """Likenesses of twelve samples: 0.8 with clean pictures, 0.75 with noised ones, and as given."""
+    means = {"clean": 0.8, "noise": 0.75, "protected": protected} | more
+    return {
+        name: Imitation(made.pictures(12), mean + np.resize(WOBBLE, 12) * (1 + i))
+        for i, (name, mean) in enumerate(means.items())
+    }
+
+
+@pytest.mark.parametrize(
+    ("protected", "said"),
+    [(0.5, "imitates them less well"), (0.78, "did not keep a model"), (0.9, "better, not worse")],
+)
+def test_imitation_is_told_against_clean_and_against_noise(made, protected, said):
+    chosen = run(made, imitations=imitations(made, protected), likened="others")
+    assert said in report.imitation_headline(chosen)
+    assert said in report.summary(chosen).replace("\n", " ")
+
+
+def test_imitation_is_shown_and_in_the_rows(made):
+    kinds = imitations(made, 0.5, **{"protected, then jpeg": 0.7})
+    chosen = run(made, imitations=kinds, likened="others")
+    words = made.seen(report.page(chosen)).words
+    assert "protected, then jpeg" in words
+    found = report.rows(chosen, {})
+    own = {(row.method, row.case["purifier"]): row.value for row in found if row.metric == "imitation"}
+    assert own[("advdm", "jpeg")] == pytest.approx(0.7 + WOBBLE.mean() * 4)
+    gaps = [row for row in found if row.metric == "imitation difference"]
+    assert [(row.method, row.case["against"]) for row in gaps] == [
+        ("noise", "clean"),
+        *[("advdm", one) for one in ("clean", "noise")] * 2,
+    ]
+    assert "was not tried" in report.imitation_headline(run(made))
 
 
 def test_rows_name_purifier_and_budget_and_leave_out_what_could_not_be_measured(made):
