@@ -5,9 +5,9 @@ by i <-> j; Tian and Pearl, UAI 2002), each with its parents,
 
     -2 log L = n sum_D [log det Omega_D + tr(Omega_D^-1 R_D^T S R_D)] + const,
 
-so a move changes the terms of two districts only (Triantafillou and Tsamardinos, UAI 2016). Its gain is bounded by fitting the pair's two
-vertices again with all else as it is, two steps each of residual iterative conditional fitting; a move that is made has its districts fitted to
-the end. The score is the same for data in any units, unlike that of the gradient search, which this follows.
+so a move changes the terms of two districts only (Triantafillou and Tsamardinos, UAI 2016). Its gain is bounded by fitting those
+of the pair again whose parents or siblings change, with all else as it is: a step each of residual iterative conditional fitting. A move that is made
+has its districts fitted to the end. The score is the same for data in any units, unlike that of the gradient search, which this follows.
 
 On the host, in float64: districts have any size, and a move touches few numbers.
 """
@@ -33,7 +33,7 @@ SWEEPS, CHANGE = 30, 1e-2
 
 @config
 class Config:
-    """gamma: of the extended BIC (`costs`); 0 is BIC.
+    """gamma: of the extended BIC (`edge_cost`); 0 is BIC.
 
     max_moves: at most. tabu: moves for which a changed pair stays, or half the number of pairs.
     patience: moves without a better graph after which the search ends.
