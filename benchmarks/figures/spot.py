@@ -83,13 +83,20 @@ def _kind(case: dict) -> list:
 
 def calibration(rows: list[dict]) -> str:
     """ECE and expected over true edges, by size."""
-    mine = [row for row in rows if row["case"].get("part") == "calibration"]
+    mine = [row for row in rows if row["case"].get("part") == "calibration" and "data" in row["case"]]
     sizes = sorted({row["case"]["variables"] for row in mine})
     at = lambda size, metric: next((r for r in mine if r["case"]["variables"] == size and r["metric"] == metric), None)
     lines = [
-        [str(size), _fine(at(size, "ECE")), number(at(size, "sum_ratio")), number(at(size, "AUPRC"))] for size in sizes
+        [
+            str(size),
+            str(at(size, "ECE")["case"]["data_sets"]),
+            *(_fine(at(size, "ECE")), number(at(size, "sum_ratio")), number(at(size, "AUPRC"))),
+        ]
+        for size in sizes
     ]
-    return common.table([["variables", "ECE", "expected over true edges", "AUPRC"], *lines]) if lines else ""
+    return (
+        common.table([["variables", "data sets", "ECE", "expected over true edges", "AUPRC"], *lines]) if lines else ""
+    )
 
 
 def _fine(row: dict) -> str:
