@@ -95,7 +95,8 @@ def batch(
         phi = features.pair_features(features.of_covariance(drawn.covariance), num_rows)
         return phi, (drawn.marks[first, second] != 0).astype(jnp.int32)
 
-    return jax.vmap(one)(spread.even(spread.own_rows(jax.random.split(key, count), axis_name)))
+    keys = spread.own_rows(jax.random.split(key, count), axis_name)
+    return spread.even(jax.vmap(one)(spread.even(keys)))
 
 
 def updating(
