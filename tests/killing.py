@@ -107,7 +107,7 @@ def _child(line, watched, operation, seconds, devices, file_bytes, stops, log, p
                 threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
             if done in stops:
                 pipe.send(STOPPED)
-                os.kill(os.getpid(), signal.SIGSTOP)
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread first: it goes no further
 
     sys.addaudithook(count)
     if file_bytes is not None:
