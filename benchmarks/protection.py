@@ -43,6 +43,8 @@ class Config:
     steps: int = 40
     """Of AdvDM; the others take as many tens of steps as cost the same, at least ten."""
     purifiers: tuple[str, ...] = tuple(robustness.PURIFIERS)
+    purified: tuple[float, ...] = (4.0, 8.0, 16.0)
+    """Of the budgets, those at which purifiers are tried."""
     tuners: tuple[str, ...] = ()
     """`full`, `lora`: how the imitator fine-tunes; none leaves the imitation out."""
     imitated: tuple[str, ...] = ("advdm", "photoguard")
@@ -95,6 +97,8 @@ def _loss_rows(cfg: Config, run: Run, gains: dict) -> list[Row]:
     """Rises of the loss and sizes of the change of one seed; `gains` collects (case, method) -> picture -> gains over seeds."""
     rows = []
     for purifier, budget in itertools.product(("", *cfg.purifiers), cfg.budgets):
+        if purifier and budget not in cfg.purified:
+            continue
         clean = run.losses(Arm("clean", purifier=purifier))
         noise = run.losses(Arm("noise", budget, purifier))
         case = run.case | Arm("", budget, purifier).case

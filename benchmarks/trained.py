@@ -15,7 +15,7 @@ from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 
 LORA = ("lora.rank=64", "lora.alpha=64", "lora.targets=attention+ff+conv", "tune.learning_rate=0.001")
-TUNERS = {"full": (), "lora": LORA, "oft": ("oft.blocks=4", "oft.targets=attention", "tune.learning_rate=0.001")}
+TUNERS = {"full": (), "lora": LORA, "oft": ("oft.blocks=4", "oft.targets=attention", "tune.learning_rate=0.003")}
 """Tuner -> its overrides of the recipe."""
 SPLIT = {"member", "holdout"}
 

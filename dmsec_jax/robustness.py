@@ -115,15 +115,8 @@ def _round_trip(base: Pipeline, views: Views) -> Views:
 
 def _diffuse(key, views: Views, t: int, base: Pipeline, prompt: str) -> Views:
     eps_fn, params = pipeline.single(base, base.params["unet"], pipeline.contexts(base, [prompt]))
-    return purify.diffuse(
-        key,
-        views,
-        t,
-        encode_fn=lambda x: pipeline.encode(base, x)[0],
-        decode_fn=lambda z: pipeline.decode(base, z),
-        model_fn=lambda z, t: _predict(params, z, t, eps_fn),
-        schedule=base.schedule,
-    )
+    z0 = pipeline.encode(base, views)[0]
+    return pipeline.decode(base, _diffused(key, z0, params, t=t, eps_fn=eps_fn, schedule=base.schedule))
 
 
 def _central(pixels: np.ndarray) -> np.ndarray:
@@ -135,9 +128,6 @@ def _central(pixels: np.ndarray) -> np.ndarray:
 
 
 _ssim = jax.jit(image.ssim)
-_predict = jax.jit(
-    lambda params, z, t, eps_fn: spread.whole(eps_fn(params, *spread.even((z, t)))), static_argnames="eps_fn"
-)
 
 
 def _lpips(a, b):
@@ -159,3 +149,9 @@ def _loss(key, latents, index, params, *, eps_fn, schedule: ScheduleConfig, num_
     latents, index = spread.even((latents, index))
     options = {"num_draws": num_draws, "draw": draws.stratified_draw, "index": index}
     return spread.whole(membership.loss(key, lambda z_t, t: eps_fn(params, z_t, t), latents, schedule, **options))
+
+
+@functools.partial(jax.jit, static_argnames=("t", "eps_fn", "schedule"))
+def _diffused(key, z0, params, *, t: int, eps_fn, schedule: ScheduleConfig):
+    predict = lambda z, t: eps_fn(params, *spread.even((z, t)))
+    return spread.whole(purify.diffuse(key, spread.even(z0), t, model_fn=predict, schedule=schedule))

@@ -1,8 +1,7 @@
 """`python -m benchmarks.figures`: writes all plots and puts all tables into the README."""
 
-from benchmarks.figures import authentication, extraction, pod
+from benchmarks.figures import authentication, corruption, extraction, pod, protection
 
 if __name__ == "__main__":
-    extraction.main()
-    authentication.main()
-    pod.main()
+    for part in (extraction, authentication, protection, corruption, pod):
+        part.main()

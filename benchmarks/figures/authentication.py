@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.figures import common
-from benchmarks.figures.common import Study, number
+from benchmarks.figures.common import TUNERS, Study, number
 from benchmarks.harness import RESULTS
 
 FOLDER = RESULTS / "authentication"
@@ -116,7 +116,7 @@ def table(studies: list[Study]) -> str:
     for study in studies:
         for steps in study.steps:
             at = {"steps": steps}
-            names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
+            names = [study.name, str(study.n0), TUNERS[study.tuner], str(steps)]
             areas = [number(last(study, "AUC", method, **at)) for method in TABLE]
             rest = [
                 number(last(study, name, "loss-difference", **at)) for name in ("accuracy@transferred", "TPR@1%FPR")

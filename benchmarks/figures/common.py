@@ -12,14 +12,16 @@ from matplotlib.figure import Figure
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import write_atomically
 
-SHARES = ("AUC", "TPR", "accuracy", "A-ESR")
+SHARES = ("AUC", "detection_AUC", "TPR", "accuracy", "A-ESR")
 """What metrics that lie in [0, 1] start with."""
+TUNERS = {"": "", "full": "full", "lora": "LoRA", "oft": "OFT"}
+"""As people write them."""
 README = Path(__file__).parents[2] / "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Result rows of one set, tuner and number of pictures."""
+    """Result rows of one set, number of pictures and tuner, "" where nothing was fine-tuned."""
 
     name: str
     tuner: str
@@ -28,7 +30,7 @@ class Study:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {self.n0} pictures, {'full' if self.tuner == 'full' else 'LoRA'}"
+        return f"{self.name}, {self.n0} pictures{', ' * bool(self.tuner)}{TUNERS[self.tuner]}"
 
     @property
     def steps(self) -> list[int]:
@@ -44,19 +46,24 @@ class Study:
         return (self.all(metric, method, **case) or [None])[0]
 
 
-def read(folder: Path, rows_of: Callable[[list[dict]], list[dict]]) -> list[Study]:
+def read(
+    folder: Path, rows_of: Callable[[list[dict]], list[dict]], names: tuple[str, ...] = ("set", "tuner", "n0")
+) -> list[Study]:
     """The newest study of each set, tuner and number of pictures: OpenMoji first, full before LoRA, many pictures before few.
 
     Args:
         rows_of: the rows of a file that count; none if the file is of another kind.
+        names: of the case, what tells studies apart; these three and more.
     """
-    newest = {}
+    newest: dict[tuple, Study] = {}
     for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name):
-        key = lambda row: (row["case"]["set"], row["case"]["tuner"], row["case"]["n0"])
+        key = lambda row: tuple(str(row["case"].get(name, "")) for name in names)
         rows = sorted(rows_of(json.loads(path.read_text())["rows"]), key=key)
-        newest |= {names: Study(*names, list(members)) for names, members in itertools.groupby(rows, key)}
+        for own, members in itertools.groupby(rows, key):
+            newest[own] = Study(own[0], own[1], int(own[2]), list(members))
     require(len(newest) > 0, str(folder), "a folder with results", "none", f"run python -m benchmarks.{folder.name}")
-    return sorted(newest.values(), key=lambda study: (study.name != "openmoji", study.name, study.tuner, -study.n0))
+    order = lambda item: (item[0][0] != "openmoji", item[0][0], item[0][1], -item[1].n0, item[0])
+    return [study for _, study in sorted(newest.items(), key=order)]
 
 
 def into_readme(bench: str, text: str) -> None:

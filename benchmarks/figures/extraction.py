@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.figures import common
-from benchmarks.figures.common import Study, number
+from benchmarks.figures.common import TUNERS, Study, number
 from benchmarks.harness import RESULTS
 
 PLOT = RESULTS / "extraction" / "extraction.svg"
@@ -104,6 +104,6 @@ def table(studies: list[Study]) -> str:
                 number(study.first("AS difference", "finextract", against=other, **at, **STAGES[stage]), signed=True)
                 for other, stage in leads.values()
             ]
-            names = [study.name, str(study.n0), study.tuner if study.tuner == "full" else "LoRA", str(steps)]
+            names = [study.name, str(study.n0), TUNERS[study.tuner], str(steps)]
             lines.append([*names, found, null, *rates, *ahead])
     return common.table(lines)

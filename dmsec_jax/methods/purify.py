@@ -101,24 +101,19 @@ def round_trip(images: Pictures, *, encode_fn: EncodeFn, decode_fn: DecodeFn) ->
 
 
 def diffuse(
-    key: Key,
-    images: Pictures,
-    t: int,
-    *,
-    encode_fn: EncodeFn,
-    decode_fn: DecodeFn,
-    model_fn: ModelFn,
-    schedule: ScheduleConfig,
-    num_steps: int = 10,
-) -> Pictures:
-    """Noise up to timestep t is added to the latent and taken away by DDIM   (Nie et al., ICML 2022, "DiffPure", in latent space)."""
+    key: Key, z0: Latent, t: int, *, model_fn: ModelFn, schedule: ScheduleConfig, num_steps: int = 10
+) -> Latent:
+    """Noise up to timestep t is added to latents and taken away by DDIM   (Nie et al., ICML 2022, "DiffPure", in latent space). Pure: jit it, with
+    `t`, `model_fn` and `schedule` static.
+
+    Raises:
+        ValueError: on a timestep that is not inside the schedule.
+    """
     require(0 < t < schedule.num_train_timesteps, "t", f"in 1..{schedule.num_train_timesteps - 1}", t, "take 100")
-    z0 = jnp.asarray(encode_fn(images))
-    noise = draws.example_noise(key, jnp.arange(len(images)), z0.shape[1:])
-    z_t = add_noise(alpha_bars(schedule), z0, noise, jnp.full(len(images), t))
+    noise = draws.example_noise(key, jnp.arange(len(z0)), z0.shape[1:])
+    z_t = add_noise(alpha_bars(schedule), z0, noise, jnp.full(len(z0), t))
     visited = np.unique(np.linspace(0, t, num_steps + 1).round().astype(np.int32))[:0:-1]
-    clean = samplers.sample(key, z_t, samplers.ddim(schedule, visited), model_fn=model_fn)
-    return np.asarray(decode_fn(clean), np.float32)
+    return samplers.sample(key, z_t, samplers.ddim(schedule, visited), model_fn=model_fn)
 
 
 def noisy_upscaling(key: Key, images: Pictures, sigma: float = 25.0, *, diffuse_fn: PurifyFn) -> Pictures:

@@ -113,7 +113,8 @@ def test_diffusion_returns_to_what_the_model_knows():
     small, noisy = CLEAN[:, ::4, ::4], NOISY[:, ::4, ::4]
     options = {"encode_fn": encode, "decode_fn": decode}
     np.testing.assert_allclose(purify.round_trip(noisy, **options), noisy, atol=1e-6)
-    diffuse = lambda key, x: purify.diffuse(key, x, 200, **options, model_fn=model, schedule=SD)
+    restored = lambda key, x: purify.diffuse(key, encode(x), 200, model_fn=model, schedule=SD)
+    diffuse = lambda key, x: np.asarray(decode(restored(key, x)))
     squared = lambda x: np.square(x - small).mean()
     assert squared(diffuse(KEY, noisy)) < 0.1 * squared(noisy)
     assert squared(purify.noisy_upscaling(KEY, noisy, diffuse_fn=diffuse)) < 0.1 * squared(noisy)
