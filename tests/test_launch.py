@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import socket
@@ -186,5 +187,8 @@ def test_the_recipes_use_options_that_exist():
     for verb, rest in lines:
         command = importlib.import_module(f"dmsec_jax.commands.{verb}")
         assert used(rest) <= options(command.Config) | options(launch.Devices), rest
+        if verb == "finetune":
+            devices = math.prod(int(size) for size in re.findall(r"(?:data|fsdp)=(\d+)", rest))
+            assert int(re.search(r"tune\.batch_size=(\d+)", rest)[1]) % devices == 0, "rows that devices can share"
     for rest in re.findall(r"dmsec_jax\.launch\b([^\n`&\"]*)", recipes):
         assert used(rest) <= options(launch.Devices), rest
