@@ -113,7 +113,7 @@ def test_the_posterior_over_skeletons_is_learnt_by_all_devices_together():
     mesh = parallel.make_mesh()
     with jax.set_mesh(mesh):
         compiled = jax.jit(learn).lower(KEY, parallel.replicate(state, mesh)).compile()
-    assert set(COLLECTIVES.findall(compiled.as_text())) == {"all-reduce"}
+    assert "all-reduce" in set(COLLECTIVES.findall(compiled.as_text())) <= {"all-reduce", "all-gather"}
     assert_same(jax.device_get(of(compiled(KEY, parallel.replicate(state, mesh)))), alone)
 
 

@@ -96,7 +96,7 @@ def batch(
         return phi, (drawn.marks[first, second] != 0).astype(jnp.int32)
 
     keys = spread.own_rows(jax.random.split(key, count), axis_name)
-    return spread.apart(jax.vmap(one), keys)
+    return spread.even(jax.vmap(one)(spread.even(keys)))
 
 
 def updating(
