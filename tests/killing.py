@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dmsec_jax import cli
+from dmsec_jax.core import files
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -127,6 +128,7 @@ def _resume(line, watched, images, place, log, pipe):
     for image in images:
         shutil.rmtree(watched, ignore_errors=True)
         shutil.copytree(image, watched, symlinks=True)
+        files._tidy.cache_clear()  # a process tidies a folder once; here each image stands for a new process
         if status := cli.main(line):
             _leave(pipe, status)
         left.append(shutil.move(watched, Path(place) / Path(image).name))
