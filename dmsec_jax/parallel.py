@@ -30,9 +30,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dmsec_jax.core import spread, trees
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.types import Params
 
 AXES = ("data", "fsdp")
 
@@ -159,12 +158,12 @@ def plan(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def bytes_per_device(params: Params, shardings: Any) -> int:
-    """Memory that a tree takes on one device under a plan."""
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Memory that a parameter tree, or a training state, takes on one device under a plan."""
     sizes = jax.tree.map(
-        lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize, params, shardings
+        lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings
     )
-    return sum(trees.flatten(sizes).values())
+    return sum(jax.tree.leaves(sizes))
 
 
 def pmapped(run: Callable, in_axes: Sequence[int | None], devices: Sequence[jax.Device] | None = None) -> Callable:

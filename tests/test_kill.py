@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from killing import run
+from killing import images, resumed, run
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow  # dozens of processes
@@ -19,9 +19,11 @@ AUTHENTICATE += ["--settings.cgi-draws", "1", "--settings.batch-size", "1", "--m
 PROTECT = ["--steps", "2", "--batch-size", "1", "--purifiers", "jpeg"]
 PRETRAIN = ["train.num_steps=6", "chunk_steps=2", "held_out=2", "check_sizes=[5]", "train.sizes=[5]"]
 PRETRAIN += ["train.rows=[50,100]", "net.width=8", "net.depth=1", "train.pairs=20"]
+POINTS = {"finetune": 10, "extract": 6, "authenticate": 6, "protect": 6, "pretrain": 6}
+"""Moments at which every run of CI looks at what a kill would leave."""
 KILLS = {"finetune": 9, "extract": 6, "authenticate": 6, "protect": 6, "pretrain": 5}
 FEW = 2
-"""Kills of each verb in every run of CI; all of `KILLS` by `make long`."""
+"""Kills of each verb in every run of CI, again and again in one folder; all of `KILLS` by `make long`."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,19 @@ def whole(line, tmp_path_factory):
         return made[verb]
 
     return of
+
+
+@pytest.mark.parametrize(("verb", "points"), POINTS.items())
+def test_what_a_kill_leaves_at_any_moment_ends_like_a_run_that_was_left_alone(verb, points, line, whole, tmp_path):
+    expected, count = whole(verb)
+    folder, ended = tmp_path / "cut", tmp_path / "ended"
+    folder.mkdir()
+    ended.mkdir()
+    moments = random.Random(verb).sample(range(1, count + 1), points)
+    found = images(line(verb, folder), folder, moments, tmp_path / "images")
+    assert len(found) == points
+    for result in resumed(line(verb, folder), folder, found, ended):
+        assert left(result) == left(expected), result.name
 
 
 @pytest.mark.parametrize(

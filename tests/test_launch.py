@@ -1,7 +1,12 @@
 """The long verbs on many devices and in two processes: what one device gives, with files written once."""
 
+import dataclasses
+import functools
+import importlib
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +23,8 @@ from dmsec_jax.core import files, spread
 
 SAMPLING = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "3"]
 SAMPLING += ["--settings.methods", "finextract", "plain"]
+RECOVERING = ["--settings.num-draws", "2", "--settings.num-steps", "50", "--settings.tile", "2"]
+RECOVERING += ["--settings.cgi-draws", "1", "--settings.batch-size", "3", "--methods", "cgi-dm", "loss"]
 TUNING = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2", "patterns=[conv_out]", "tune.adam_epsilon=1e-3"]
 
 
@@ -32,29 +39,38 @@ def table(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def verbs(tiny_folder, pictures, table):
-    """Folder of all results -> the command lines, which belong together."""
+def line(tiny_folder, pictures, table, tmp_path_factory):
+    """(verb, folder of its results) -> the command line; what reads a fine-tuned model takes that of one device."""
+    tuned = tmp_path_factory.mktemp("alone") / "finetune"
 
-    def lines(out):
-        common = ["--images", str(pictures), "--prompt", "a red dog"]
-        tune = ["finetune", *common, "--model", str(tiny_folder), "--sample-every", "2", *TUNING]
-        models = ["--base", str(tiny_folder), "--model", str(out / "finetune/model")]
-        chosen = {
-            "finetune": tune,
-            "extract": ["extract", *common, *models, *SAMPLING],
-            "discover": ["discover", str(table), "--restarts", "4", "--set", "num_steps=3"],
+    def of(verb, out=None):
+        known = ["--images", str(pictures), "--prompt", "a red dog"]
+        model = ["--model", str(tiny_folder)]
+        models = ["--base", str(tiny_folder), "--model", str(tuned / "model")]
+        options = {
+            "finetune": [*known, *model, "--sample-every", "2", *TUNING],
+            "extract": [*known, *models, *SAMPLING],
+            "authenticate": [*known, *models, *RECOVERING],
+            "protect": [*known, *model, "--steps", "2", "--purifiers", "jpeg"],
+            "discover": [str(table), "--restarts", "4", "--set", "num_steps=3"],
         }
-        return {verb: [*line, "--out", str(out / verb)] for verb, line in chosen.items()}
+        return [verb, *options[verb], "--out", str(out or tuned.parent / verb)]
 
-    return lines
+    return of
 
 
 @pytest.fixture(scope="module")
-def alone(verbs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone")
-    for line in verbs(out).values():
-        assert cli.main(line) == 0
-    return out
+def alone(line):
+    """verb -> folder of what one device gives, and of what it is made from."""
+
+    @functools.cache
+    def of(verb):
+        if verb in ("extract", "authenticate"):
+            of("finetune")
+        assert cli.main(line(verb)) == 0
+        return Path(line(verb)[-1])
+
+    return of
 
 
 def assert_same(found: Path, expected: Path):
@@ -80,34 +96,37 @@ def assert_same(found: Path, expected: Path):
                 np.testing.assert_allclose(*(np.array(part, float) for part in numbers), rtol=1e-3, atol=1e-4)
 
 
+def axes(verb):
+    return "data=2,fsdp=2" if verb == "finetune" else "data"  # four rows a step
+
+
 @pytest.mark.slow  # compiles everything twice
-def test_eight_devices_give_what_one_gives(verbs, alone, tmp_path):
-    for verb, line in verbs(tmp_path).items():
-        axes = "data=2,fsdp=2" if verb == "finetune" else "data"  # four rows a step
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(spread, "SMALL", 1)  # so that weights of this size are cut
-            if verb == "finetune":
-                patched.setattr(parallel.jax, "devices", lambda: jax.local_devices()[:4])
-            assert cli.main([*line, "--mesh", axes]) == 0
-    assert_same(tmp_path, alone)
+@pytest.mark.parametrize("verb", cli.SHARED)
+def test_eight_devices_give_what_one_gives(verb, line, alone, tmp_path):
+    expected = alone(verb)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(spread, "SMALL", 1)  # so that weights of this size are cut
+        if verb == "finetune":
+            patched.setattr(parallel.jax, "devices", lambda: jax.local_devices()[:4])
+        assert cli.main([*line(verb, tmp_path / verb), "--mesh", axes(verb)]) == 0
+    assert_same(tmp_path / verb, expected)
 
 
-@pytest.mark.slow  # six processes that compile
-def test_two_processes_give_what_one_gives(verbs, alone, tmp_path):
-    for verb, line in verbs(tmp_path).items():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            where = f"127.0.0.1:{probe.getsockname()[1]}"
-        axes = "data=2,fsdp=2" if verb == "finetune" else "data"
-        together = ["--mesh", axes, "--coordinator", where, "--num-processes", "2", "--process-id"]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
-        children = [
-            subprocess.Popen([sys.executable, "-c", CHILD, *line, *together, str(i)], **pipes) for i in range(2)
-        ]
-        outputs = [child.communicate(timeout=900)[0] for child in children]
-        assert [child.returncode for child in children] == [0, 0], f"{verb}\n" + "\n".join(outputs)
-    assert_same(tmp_path, alone)
+@pytest.mark.slow  # processes that compile
+@pytest.mark.parametrize("verb", ["finetune", "extract", "discover"])
+def test_two_processes_give_what_one_gives(verb, line, alone, tmp_path):
+    expected = alone(verb)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    together = ["--mesh", axes(verb), "--coordinator", where, "--num-processes", "2", "--process-id"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    command = [sys.executable, "-c", CHILD, *line(verb, tmp_path / verb), *together]
+    children = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    outputs = [child.communicate(timeout=900)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
+    assert_same(tmp_path / verb, expected)
 
 
 CHILD = """
@@ -155,3 +174,21 @@ def test_without_options_there_is_no_mesh():
 def test_all_devices_are_counted(capsys):
     assert launch.count(launch.Devices()) == 0
     assert "process 0 of 1: 8 of 8 devices" in capsys.readouterr().out
+
+
+def test_the_recipes_use_options_that_exist():
+    recipes = (
+        (Path(__file__).parents[1] / "README.md").read_text().partition("## More devices")[2].partition("\n## ")[0]
+    )
+    options = lambda config: {field.name.replace("_", "-") for field in dataclasses.fields(config)}
+    used = lambda text: set(re.findall(r" --([a-z-]+)", text))
+    lines = re.findall(rf"dmsec ({'|'.join(cli.SHARED)}) (.*)", recipes)
+    assert {verb for verb, _ in lines} >= {"finetune", "extract"}
+    for verb, rest in lines:
+        command = importlib.import_module(f"dmsec_jax.commands.{verb}")
+        assert used(rest) <= options(command.Config) | options(launch.Devices), rest
+        if verb == "finetune":
+            devices = math.prod(int(size) for size in re.findall(r"(?:data|fsdp)=(\d+)", rest))
+            assert int(re.search(r"tune\.batch_size=(\d+)", rest)[1]) % devices == 0, "rows that devices can share"
+    for rest in re.findall(r"dmsec_jax\.launch\b([^\n`&\"]*)", recipes):
+        assert used(rest) <= options(launch.Devices), rest

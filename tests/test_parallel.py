@@ -1,6 +1,5 @@
 """Meshes of eight virtual devices, `pmap`, and two processes give what one device gives."""
 
-import dataclasses
 import re
 import socket
 import subprocess
@@ -16,13 +15,10 @@ import toy
 from jax.sharding import PartitionSpec
 
 from dmsec_jax import parallel
-from dmsec_jax.core import spread, trees
+from dmsec_jax.core import pgd, spread, trees
 from dmsec_jax.diffusion import draws
 from dmsec_jax.diffusion.schedule import ScheduleConfig
-from dmsec_jax.finetune import dreambooth
-from dmsec_jax.finetune.adapters import full
-from dmsec_jax.finetune.examples import Data, examples
-from dmsec_jax.methods import bayes_dm, cgi_dm, finextract, membership
+from dmsec_jax.methods import advdm, cgi_dm, finextract, membership, spot
 from dmsec_jax.models import presets, unet
 
 COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -63,12 +59,37 @@ def losses(key, params, known, index):
     return membership.losses(key, model, known, SCHEDULE, num_draws=4, index=index, draw=draws.stratified_draw)
 
 
-each_run = pytest.mark.parametrize("run", [recover, sample, losses])
+def encode(params, image):
+    return jnp.tanh(2 * image), jnp.full_like(image, -4.0)
+
+
+def protect(key, params, image, index):
+    cfg = advdm.Config(attack=pgd.Config(num_steps=4), num_draws=2)
+    model = lambda params, z_t, t: eps_fn(params["tuned"], z_t, t, toy.empty_context(len(z_t)))
+    functions = {"objective_fn": advdm.denoising, "encode_fn": encode, "eps_fn": model, "schedule": SCHEDULE}
+    image = jnp.tanh(image)
+    state, info = advdm.run(key, image, jnp.ones_like(image), 0.0, index, params, cfg, **functions)
+    return state.attack.delta, info.value.T
+
+
+COVARIANCE = np.array([[1, 0.6, 0.3], [0.6, 1, 0.5], [0.3, 0.5, 1]], np.float32)
+
+
+def search(key, params, known, index):
+    """Rows are starts."""
+    cfg = spot.Config(num_steps=2, inner_steps=10, refresh=5)
+    start = lambda j: spot.run(jax.random.fold_in(key, j), COVARIANCE, 500, spot.guide_mag(np.full((3, 3), 0.5)), cfg)
+    state, info = jax.vmap(start)(index)
+    return state.directed, state.bidirected, info.score
+
+
+RUNS = (recover, sample, losses, protect, search)
+each_run = pytest.mark.parametrize("run", RUNS)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return {run: jax.device_get(jax.jit(run)(KEY, PARAMS, KNOWN, INDEX)) for run in (recover, sample, losses)}
+    return {run: jax.device_get(jax.jit(run)(KEY, PARAMS, KNOWN, INDEX)) for run in RUNS}
 
 
 def assert_same(found, expected):
@@ -91,68 +112,6 @@ def test_a_mesh_gives_what_one_device_gives_and_its_devices_do_not_talk(run, alo
 def test_pmap_gives_what_one_device_gives(run, alone):
     found = parallel.pmapped(run, (None, None, 0, 0))(KEY, PARAMS, KNOWN, INDEX)
     assert_same(parallel.joined(found), alone[run])
-
-
-WIDE = 256  # a kernel of spread.SMALL entries
-TUNED = {"net": {"kernel": 0.05 * jax.random.normal(KEY, (WIDE, WIDE)), "bias": jnp.zeros(WIDE)}}
-DATA = Data(examples(jax.random.normal(jax.random.key(1), (8, 2, 2, WIDE)), jnp.zeros((8, 1, 1))))
-CFG = dreambooth.Config(num_steps=3, batch_size=8, accumulation=2, learning_rate=1e-2, sample_posterior=False)
-CFG = dataclasses.replace(CFG, adam_epsilon=1e-3)  # or Adam makes whole steps of gradients that are rounding errors
-BAYES = bayes_dm.Config(**vars(CFG), selection=("kernel$",), sigma_rate=1e-3, sigma0=0.1, kl_weight=0.1)
-NETWORK = {
-    "eps_fn": lambda params, z_t, t, context: jnp.tanh(z_t @ params["net"]["kernel"] + params["net"]["bias"]),
-    "adapter": full(),
-    "schedule": SCHEDULE,
-}
-
-
-def tune_plain(key, state, data, params, axis_name=None):
-    return dreambooth.run(key, state, data, params, CFG, axis_name=axis_name, **NETWORK)
-
-
-def tune_bayes(key, state, data, params, axis_name=None):
-    return bayes_dm.advance(key, state, data, params, BAYES, num_steps=3, axis_name=axis_name, **NETWORK)
-
-
-each_training = pytest.mark.parametrize(
-    ("tune", "init", "cfg"), [(tune_plain, dreambooth.init, CFG), (tune_bayes, bayes_dm.init, BAYES)]
-)
-
-
-@each_training
-def test_training_on_a_mesh_or_under_pmap_is_training_on_one_device(tune, init, cfg):
-    state = init(KEY, TUNED, cfg, adapter=full())
-    alone = jax.device_get(jax.jit(tune)(KEY, state, DATA, TUNED))
-    mesh = parallel.make_mesh("data=2,fsdp=4")
-    shardings = parallel.plan((state, TUNED), mesh)
-    cut, params = jax.device_put((state, TUNED), shardings)
-    with jax.set_mesh(mesh):
-        jitted = jax.jit(tune, out_shardings=(shardings[0], None))
-        compiled = jitted.lower(KEY, cut, parallel.replicate(DATA, mesh), params).compile()
-    text = compiled.as_text()
-    assert set(COLLECTIVES.findall(text)) <= {"all-reduce", "all-gather", "reduce-scatter"}
-    assert "all-reduce" in text or "reduce-scatter" in text, "gradients are summed over devices"
-    found, info = compiled(KEY, cut, parallel.replicate(DATA, mesh), params)
-    kernels = [leaf for leaf in jax.tree.leaves(found) if leaf.shape == (WIDE, WIDE)]
-    assert len(kernels) >= 3, "weights and both moments"
-    assert all(leaf.sharding.shard_shape(leaf.shape) == (WIDE, WIDE // 4) for leaf in kernels)
-    assert_same(parallel.to_host((found, info)), alone)
-
-    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), state)
-    twin = jax.pmap(partial(tune, axis_name="rows"), axis_name="rows", in_axes=(None, 0, None, None))
-    for_each = jax.device_get(twin(KEY, copies, DATA, TUNED))
-    for device in (0, 7):
-        assert_same(jax.tree.map(lambda leaf: leaf[device], for_each), alone)  # noqa: B023
-
-
-def test_rows_that_devices_cannot_share_are_refused():
-    odd = dataclasses.replace(CFG, batch_size=6)
-    state = dreambooth.init(KEY, TUNED, odd, adapter=full())
-    with (
-        jax.set_mesh(parallel.make_mesh()),
-        pytest.raises(ValueError, match="batch must be a multiple of 8, the devices"),
-    ):
-        jax.jit(partial(dreambooth.run, cfg=odd, **NETWORK))(KEY, state, DATA, TUNED)
 
 
 def test_weights_are_cut_as_planned_and_gathered_where_they_are_used():
@@ -250,7 +209,7 @@ def one_of_two(process, folder):
     known, index = parallel.from_own_rows((KNOWN[own], INDEX[own]), mesh)
     params = parallel.replicate(PARAMS, mesh)
     results = {}
-    for run in (recover, sample, losses):
+    for run in RUNS:
         found = parallel.to_host(jax.jit(run)(KEY, params, known, index))
         results |= {f"{run.__name__}{j}": leaf for j, leaf in enumerate(jax.tree.leaves(found))}
     np.savez(Path(folder) / f"{process}.npz", **results)

@@ -1,5 +1,6 @@
 """The bench that compiles for TPUs: work counted by hand, and what is read off a compiled program's text."""
 
+import json
 import math
 from functools import partial
 
@@ -101,3 +102,32 @@ def test_cells_name_what_there_is_and_no_two_share_a_file():
     assert {cell.topology for cell in CELLS} == set(TOPOLOGIES)
     assert {topology.chip for topology in TOPOLOGIES.values()} == set(CHIPS)
     assert len({cell.path for cell in CELLS}) == len(CELLS)
+
+
+def results():
+    """(cell, what its committed file says) of all that were compiled."""
+    return [(cell, json.loads(cell.path.read_text())) for cell in CELLS if cell.path.is_file()]
+
+
+@pytest.mark.parametrize(("cell", "content"), results(), ids=lambda part: getattr(part, "name", ""))
+def test_what_was_compiled_fits_exchanges_what_is_planned_and_computes_what_was_counted(cell, content):
+    found, chip = content["found"], TOPOLOGIES[cell.topology].chip
+    if not found["fits"]:
+        assert content["notes"], "says what would make it fit"
+        assert (cell.model, cell.pixels, chip) != ("SD 1.5", 512, "v5e")
+        assert (cell.model, chip) != ("SDXL", "v5p")
+        return
+    assert found["peak_gib"] <= content["limit_gib"]
+    assert found["unplanned"] == []
+    assert found["flops"] == pytest.approx(found["flops_analytic"], rel=0.15)
+
+
+def test_more_devices_of_data_do_not_change_what_one_computes():
+    flops = {}
+    for cell, content in results():
+        if cell.topology.startswith("v5e-") and content["found"]["fits"]:
+            cut = cell.mesh.partition("fsdp=")[2]
+            flops.setdefault((cell.step, cell.model, cell.pixels, cell.rows, cut), []).append(content["found"]["flops"])
+    assert max(map(len, flops.values())) >= 3
+    for step, same in flops.items():
+        assert same == pytest.approx([same[0]] * len(same), rel=1e-3), step

@@ -29,9 +29,10 @@ def main() -> None:
 
 
 def table() -> str:
-    """Markdown, in the order of the cells; those without a result are left out."""
+    """Markdown, in the order of the cells; those without a result are counted."""
     found = [(cell, json.loads(cell.path.read_text())) for cell in CELLS if cell.path.is_file()]
-    return common.table([HEAD, *(line(cell, content) for cell, content in found)])
+    missing = "" if len(found) == len(CELLS) else f"\n\n{len(found)} of {len(CELLS)} cells are compiled so far."
+    return common.table([HEAD, *(line(cell, content) for cell, content in found)]) + missing
 
 
 def line(cell: Cell, content: dict) -> list[str]:

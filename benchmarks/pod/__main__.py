@@ -50,7 +50,8 @@ class Cell:
 
 SAMPLED = {"UNet": 4, "sampling": 4, "AdvDM": 2, "CGI-DM": 2}
 """Steps whose rows never meet -> rows per device at 512 pixels."""
-TRAINED = {"DreamBooth": 4, "Bayesian": 4}
+TRAINED = ("DreamBooth", "Bayesian")
+"""Steps that change all weights."""
 
 
 def alone(step: str, topology: str, model: str = "SD 1.5", pixels: int = 512, rows: int | None = None, **more) -> Cell:
@@ -66,20 +67,18 @@ def trained(step: str, topology: str, model: str = "SD 1.5", pixels: int = 512, 
 
 
 CELLS = (
-    *(alone(step, "v5e-4") for step in ("UNet", "sampling")),
+    *(alone(step, "v5e-4") for step in SAMPLED),
     *(trained(step, "v5e-4") for step in TRAINED),
     trained("LoRA", "v5e-4", fsdp=1),
-    alone("AdvDM", "v5e-4"),
-    alone("CGI-DM", "v5e-4"),
     *(alone("UNet", topology) for topology in ("v5e-16", "v5e-256")),
-    *(trained("DreamBooth", topology) for topology in ("v5e-16", "v5e-256", "2 x v5e-16")),
-    alone("UNet", "v5p-8", "SDXL", 1024, 1),
-    trained("DreamBooth", "v5p-8", "SDXL", 1024, 1),
     *(trained("LoRA", topology, fsdp=1) for topology in ("v5e-16", "v5e-256")),
+    alone("UNet", "v5p-8", "SDXL", 1024, 1),
+    trained("LoRA", "v5p-8", "SDXL", 1024, 1, fsdp=1),
+    *(trained(step, "v5p-8", "SDXL", 1024, 1) for step in TRAINED),
+    *(alone(step, "v5p-8", "SDXL", 1024, 1) for step in ("sampling", "AdvDM", "CGI-DM")),
+    *(trained("DreamBooth", topology) for topology in ("v5e-16", "v5e-256", "2 x v5e-16")),
     *(alone("sampling", topology) for topology in ("v5e-256", "v6e-16", "v5p-128")),
     *(alone(step, "v5e-4", pixels=1024, rows=1) for step in ("UNet", "AdvDM")),
-    *(alone(step, "v5p-8", "SDXL", 1024, 1) for step in ("sampling", "AdvDM", "CGI-DM")),
-    trained("LoRA", "v5p-8", "SDXL", 1024, 1, fsdp=1),
     *(alone(step, topology) for topology in ("v5e-16", "v5e-256") for step in ("AdvDM", "CGI-DM")),
     alone("sampling", "v5e-4", "SDXL", 1024, 1),
     *(trained("DreamBooth", topology) for topology in ("v6e-16", "v5p-8", "v5p-128")),

@@ -24,6 +24,7 @@ from numpyro import infer
 
 from dmsec_jax.causal import features, sem
 from dmsec_jax.causal.sem import Knowledge, Prior
+from dmsec_jax.core import spread
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import AnyArray, Key, Params
 from dmsec_jax.models import skeleton_net
@@ -78,8 +79,12 @@ def batch(
     rows: tuple[int, int],
     knowledge: Knowledge | None = None,
     given: dict[str, Any] | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B V V F"], Int[Array, "B P"]]:
-    """Features and skeletons of `count` simulated data sets, with no rows ever drawn; `rows` as in `Config`."""
+    """Features and skeletons of `count` simulated data sets, with no rows ever drawn; `rows` as in `Config`.
+
+    Under `pmap` with `axis_name` these are the device's share of them.
+    """
     first, second = np.triu_indices(size, 1)
 
     def one(key):
@@ -90,7 +95,36 @@ def batch(
         phi = features.pair_features(features.of_covariance(drawn.covariance), num_rows)
         return phi, (drawn.marks[first, second] != 0).astype(jnp.int32)
 
-    return jax.vmap(one)(jax.random.split(key, count))
+    keys = spread.own_rows(jax.random.split(key, count), axis_name)
+    return spread.even(jax.vmap(one)(spread.even(keys)))
+
+
+def updating(
+    prior: Prior,
+    net: SkeletonConfig,
+    cfg: Config,
+    *,
+    knowledge: Knowledge | None = None,
+    given: dict[str, Any] | None = None,
+    axis_name: str | None = None,
+) -> Callable[[State, Key, int], tuple[State, Float[Array, ""]]]:
+    """The update (state, key, size) -> (state, -log q per pair), pure, with `size` static; what is not finite changes no parameters.
+
+    Its data sets are shared by the devices of the mesh in force if these divide them, or by those of a `pmap` with `axis_name`, which must.
+    """
+    svi = _svi(net, cfg, axis_name)
+
+    def update(state: State, key: Key, size: int) -> tuple[State, Float[Array, ""]]:
+        count = data_sets(size, cfg)
+        phi, adjacent = batch(key, size, count, prior, cfg.rows, knowledge, given, axis_name)
+        new, loss = svi.update(state, phi, adjacent)
+        loss = loss if axis_name is None else jax.lax.psum(loss, axis_name)
+        # decided after the sum over devices, so that all of them decide alike
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, svi.get_params(new)))]).all()
+        state = jax.tree.map(lambda ours, old: jnp.where(finite, ours, old), new, state)
+        return state, loss / (count * math.comb(size, 2))
+
+    return update
 
 
 def train(
@@ -114,27 +148,18 @@ def train(
         resume: what `on_chunk` got last, to go on as if nothing had happened; losses are those from there on.
         on_chunk: called after every `chunk` updates, and at the end.
     """
-    svi = _svi(net, cfg)
-
-    def update(state, key, size):
-        count = data_sets(size, cfg)
-        phi, adjacent = batch(key, size, count, prior, cfg.rows, knowledge, given)
-        state, loss = svi.stable_update(state, phi, adjacent)
-        return state, loss / adjacent.size
-
-    jitted = jax.jit(update, static_argnames="size")
+    update = jax.jit(updating(prior, net, cfg, knowledge=knowledge, given=given), static_argnames="size")
     key_init, key_steps = jax.random.split(key)
-    done, state = 0, _first(svi, key_init, start)  # also if it goes on: numpyro learns the names of parameters here
-    done, state = (done, state) if resume is None else resume
+    done, state = (0, init(key_init, net, cfg, start)) if resume is None else resume
     losses: list[float] = []
     for i in range(done, cfg.num_steps):
         size = cfg.sizes[i % len(cfg.sizes)]
-        state, loss = jitted(state, jax.random.fold_in(key_steps, i), size=size)
+        state, loss = update(state, jax.random.fold_in(key_steps, i), size=size)
         losses.append(loss)
         if on_chunk is not None and ((i + 1) % chunk == 0 or i + 1 == cfg.num_steps):
             since = i % chunk + 1
             on_chunk(i + 1, state, np.asarray(jnp.stack(losses[-since:])))
-    return Trained(svi.get_params(state)["net"], np.asarray(losses))
+    return Trained(_svi(net, cfg).get_params(state)["net"], np.asarray(losses))
 
 
 def init(key: Key, net: SkeletonConfig, cfg: Config, start: Params | None = None) -> State:
@@ -152,10 +177,14 @@ def _first(svi, key, start):
     return svi.init(key, *examples, init_params=None if start is None else {"net": start})
 
 
-def _svi(net, cfg):
+def _svi(net, cfg, axis_name=None):
     schedule = optax.cosine_decay_schedule(cfg.learning_rate, cfg.num_steps)
-    optimiser = optax.adamw(schedule, weight_decay=cfg.weight_decay)
-    return infer.SVI(likelihood, lambda *args, **kwargs: None, optimiser, infer.Trace_ELBO(), net=net)
+    adamw = optax.adamw(schedule, weight_decay=cfg.weight_decay)
+    summed = lambda grads: grads if axis_name is None else jax.lax.psum(grads, axis_name)
+    optimiser = optax.GradientTransformation(adamw.init, lambda grads, *rest: adamw.update(summed(grads), *rest))
+    svi = infer.SVI(likelihood, lambda *args, **kwargs: None, optimiser, infer.Trace_ELBO(), net=net)
+    jax.eval_shape(lambda: _first(svi, jax.random.key(0), None))  # numpyro learns the names of parameters here
+    return svi
 
 
 def edge_probabilities(

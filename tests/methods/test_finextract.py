@@ -176,6 +176,19 @@ def test_sweep_is_separate_runs():
         np.testing.assert_allclose(swept.rms[g], np.sqrt((alone.images**2).mean((1, 2, 3))), rtol=1e-5)
 
 
+def test_fifty_steps_are_one_program_for_all_batches_and_guidances():
+    traces, programs = [], finextract._sample_chunk._cache_size()
+
+    def counted(params, z_t, t):
+        traces.append(1)
+        return pair(params, z_t, t)
+
+    for w, count in ((2.0, 5), (3.0, 7)):
+        extract(finextract.Config(w=w, k=0.0, num_steps=50), count=count, batch_size=2, pair_fn=counted)
+    assert finextract._sample_chunk._cache_size() == programs + 1
+    assert len(traces) == 1, "a loop, not fifty copies"
+
+
 def test_velocity_models_are_mixed_as_noise():
     cfg = dataclasses.replace(EXACT, k=-0.05)
     velocity = dataclasses.replace(SD, prediction_type="v_prediction")

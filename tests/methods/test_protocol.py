@@ -117,8 +117,10 @@ def test_run_is_a_loop_over_step_and_floats_do_not_retrace(name):
 
     step = jax.jit(lambda *args: module.step(*args, **declared(module.step, options)))
     looped, infos = module.init(*case["init"], cfg, **declared(module.init, options)), []
-    for i in range(len(jax.tree.leaves(info)[0])):
+    count = len(jax.tree.leaves(info)[0])
+    for i in range(count):
         looped, now = step(jax.random.fold_in(key, i), looped, *case["step"], params, cfg)
         infos.append(now)
+    assert step._cache_size() == 1, "another step of the same shapes is compiled anew"
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *infos)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), (looped, stacked), (state, info))
