@@ -20,6 +20,7 @@ TUNERS = {"full": (), "lora": LORA, "oft": ("oft.blocks=4", "oft.targets=attenti
 SPLIT = {"member", "holdout"}
 
 
+@functools.lru_cache(maxsize=8)  # a benchmark asks for the same few sets with many seeds
 def read_set(name: str, pixels: int, seed: int = 0) -> ImageSet:
     """All pictures of a set: `openmoji`, the shipped animals; or every picture of a folder and of the folders `member` and `holdout` in it.
 
@@ -52,7 +53,7 @@ class Training:
         everything = read_set(name, base.pixels, seed)
         short = f"{len(everything)} pictures"
         require(len(everything) > n0, name, f"a set of more than {n0} pictures", short, "lower n0")
-        order = np.random.default_rng(seed).permutation(len(everything))
+        order = np.random.default_rng(seed).permutation(len(everything)).tolist()
         self.pictures, self.holdout = images.split(images.reorder(everything, order), n0)
         self.base, self.name, self.tuner, self.n0, self.seed, self.steps = base, Path(name).name, tuner, n0, seed, steps
         self.prompt = "an openmoji icon of an animal" if name == "openmoji" else "a picture in sks style"

@@ -1,1 +1,1 @@
-"""Tables and plots of the README, made from the result files and from nothing else."""
+"""Plots and tables of the README from result files: one module per block, named like the block; `python -m benchmarks.report` runs them."""

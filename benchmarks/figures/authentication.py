@@ -32,13 +32,48 @@ def main() -> None:
     """Writes the plots and puts the table into the README."""
     studies = common.read(FOLDER, _rows)
     plots = f"![AUC over fine-tuning steps]({over_steps(studies)})\n\n![AUC over evaluations]({over_cost(studies)})"
-    common.into_readme("authentication", f"{plots}\n\n{table(studies)}")
+    common.into_readme("authentication", f"{findings(studies)}\n\n{plots}\n\n{table(studies)}")
 
 
 def _rows(rows: list[dict]) -> list[dict]:
     """Those of the tests, none of the control."""
     control = any(row["metric"] == "false_positive_rate" for row in rows)
     return [] if control else rows
+
+
+def findings(studies: list[Study]) -> str:
+    """What the rows say, as a list."""
+    lines = []
+    for study in studies:
+        steps = informative(study)
+        areas = {method: last(study, "AUC", method, steps=steps) for method in METHODS}
+        best = max(areas, key=lambda method: areas[method]["value"])
+        others = [areas[best]["value"], *(areas[name]["value"] for name in ("loss-difference", "pfami", "cgi-dm"))]
+        lines.append(
+            f"  - {study.title}, {steps} steps: {METHODS[best][0]}, {' / '.join(f'{value:.2f}' for value in others)}"
+        )
+    end = [last(study, "AUC", "cgi-dm", steps=max(study.steps))["value"] for study in studies]
+    length = " or ".join(str(steps) for steps in sorted({max(study.steps) for study in studies}))
+    lead = lambda study, steps: last(study, "AUC difference", "cgi-dm", steps=steps, against="cgi-dm-faithful")
+    gaps = [row for study in studies for steps in study.steps if (row := lead(study, steps)) is not None]
+    told = sum(row["low"] > 0 or row["high"] < 0 for row in gaps)
+    values = [row["value"] for row in gaps]
+    parts = [
+        "- The best test at the number of steps that tells most about tests; AUC of it / the loss difference / PFAMI / CGI-DM:",
+        *lines,
+        f"- After {length} steps CGI-DM is at {min(end):.2f} to {max(end):.2f}.",
+        f"- Common noise in CGI-DM over noise for each model: {min(values):+.2f} to {max(values):+.2f} in AUC at equal cost; "
+        f"{told} of {len(gaps)} intervals leave zero out.",
+    ]
+    rows = {row["metric"]: row for row in common.newest(FOLDER.name)}
+    if "false_positive_rate" in rows:
+        row, uniform = rows["false_positive_rate"], rows["uniformity_p_value"]
+        accused = round(row["value"] * row["n"])
+        parts.append(
+            f"- Of {row['n']} models that never saw the pictures {accused} were accused at 5 % (interval {row['low']:.0%} to {row['high']:.0%}); "
+            f"p-values of single pictures against a uniform distribution: p = {uniform['value']:.2f}."
+        )
+    return "\n".join(parts)
 
 
 def last(study: Study, metric: str, method: str, **case) -> dict | None:

@@ -1,14 +1,18 @@
 """What is drawn, where tables go, how plots are saved, and how a figure is printed."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks.harness import RESULTS
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import write_atomically
 
@@ -16,7 +20,11 @@ SHARES = ("AUC", "detection_AUC", "TPR", "accuracy", "A-ESR")
 """What metrics that lie in [0, 1] start with."""
 TUNERS = {"": "", "full": "full", "lora": "LoRA", "oft": "OFT"}
 """As people write them."""
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+MARK = "begin, written by python -m benchmarks.report"
+_places = {"root": ROOT}
+"""Where blocks and plots go: the repository, or a `shadow`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,25 +74,51 @@ def read(
     return [study for _, study in sorted(newest.items(), key=order)]
 
 
+def newest(bench: str) -> list[dict]:
+    """Every row of a benchmark's results once: of rows that say the same, the one of the newest file."""
+    found = {}
+    for path in sorted((RESULTS / bench).glob("*/*.json"), key=lambda path: path.name):
+        for row in json.loads(path.read_text())["rows"]:
+            found[json.dumps([row["metric"], row["method"], row["case"]], sort_keys=True)] = row
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def shadow(folder: Path) -> Iterator[Path]:
+    """Lets blocks and plots go to a folder, with a copy of the README that it yields, for the length of a block."""
+    shutil.copy(README, folder / README.name)
+    _places["root"] = folder
+    try:
+        yield folder / README.name
+    finally:
+        _places["root"] = README.parent
+
+
 def into_readme(bench: str, text: str) -> None:
     """Replaces what stands between the two marks of this benchmark.
 
     Raises:
         ValueError: if the README lacks them.
     """
-    begin, end = f"<!-- {bench}: begin, written by python -m benchmarks.figures -->", f"<!-- {bench}: end -->"
-    readme = README.read_text()
-    marked = begin in readme and end in readme
-    require(marked, str(README), "with both marks of the table", "without", f"add {begin} and {end}")
-    before, _, rest = readme.partition(begin)
-    write_atomically(README, f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}".encode())
+    path = _places["root"] / README.name
+    end = f"<!-- {bench}: end -->"
+    readme = path.read_text()
+    begin = re.search(rf"<!-- {bench}: begin[^>]*-->", readme)
+    marked = begin is not None and end in readme
+    require(marked, str(path), "with both marks of the table", "without", f"add <!-- {bench}: {MARK} --> and {end}")
+    after = readme[begin.end() :].partition(end)[2]
+    whole = f"{readme[: begin.start()]}<!-- {bench}: {MARK} -->\n{text}\n{end}{after}"
+    write_atomically(path, whole.encode())
 
 
 def save(figure: Figure, path: Path) -> str:
     """Writes an SVG, the same for the same data; returns its place for a link in the README."""
+    place = path.relative_to(ROOT)
+    target = _places["root"] / place
+    target.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
-    return path.relative_to(README.parent).as_posix()
+        figure.savefig(target, format="svg", metadata={"Date": None}, facecolor="white")
+    return place.as_posix()
 
 
 def table(lines: list[list[str]]) -> str:

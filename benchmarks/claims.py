@@ -1,0 +1,203 @@
+"""The claims of the five papers beside what was measured here: directions only, since the papers' figures are of models a hundred times as large.
+
+A claim is judged by differences with intervals, in the newest committed results: a case is for it where the interval lies on the claimed side of
+zero, against it where it lies on the other. One rule for all: `yes` if more than half of the cases are for it and none against, `in part` if at
+least more are for it than against, `no` if more are against it, `open` if as many.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.figures import common
+
+Row = dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One sentence of a paper, and which rows say whether it holds."""
+
+    paper: str
+    says: str
+    measured: str
+    bench: str
+    command: str
+    chosen: Callable[[Row], bool]
+    sign: int = 1
+    """Of the difference, if the claim is true."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How a claim fares."""
+
+    cases: int
+    favour: int
+    against: int
+    low: float
+    high: float
+    on: tuple[str, ...]
+
+    @property
+    def holds(self) -> str:
+        if not self.cases:
+            return "not measured yet"
+        if 2 * self.favour > self.cases and not self.against:
+            return "yes"
+        if self.favour == self.against:
+            return "open"
+        return "in part" if self.favour > self.against else "no"
+
+
+def _is(metric: str, *methods: str, **case) -> Callable[[Row], bool]:
+    """Rows of this metric, of these methods (or methods that start so), and of this case."""
+    return lambda row: (
+        row["metric"] == metric and row["method"].startswith(methods) and case.items() <= row["case"].items()
+    )
+
+
+def _posterior(metric: str) -> Callable[[Row], bool]:
+    """Differences of posteriors to plain fine-tuning, with the usual recipe."""
+    return lambda row: (
+        _is(metric, "bayes-")(row)
+        and "recipe" not in row["case"]
+        and row["case"].get("steps") != 0  # before the first step all are the same
+    )
+
+
+CLAIMS = (
+    Claim(
+        paper="AdvDM",
+        says="Denoising the protected picture is harder for the attacked model.",
+        measured="rise of the held-out loss beyond random noise of the same size",
+        bench="protection",
+        command="python -m benchmarks.protection",
+        chosen=lambda row: _is("loss_rise", "advdm", purifier="none")(row) and row["method"] == "advdm",
+    ),
+    Claim(
+        paper="AdvDM",
+        says="A model tuned on protected pictures imitates worse.",
+        measured="imitation, protected over clean pictures",
+        bench="protection",
+        command="python -m benchmarks.protection --tuners full lora",
+        chosen=_is("imitation difference", "advdm", purifier="none", against="clean", coverage=1.0),
+        sign=-1,
+    ),
+    Claim(
+        paper="AdvDM",
+        says="... and it is the attack, not the change of the pixels, that does it.",
+        measured="imitation, protected over noised pictures",
+        bench="protection",
+        command="python -m benchmarks.protection --tuners full lora",
+        chosen=_is("imitation difference", "advdm", purifier="none", against="noise", coverage=1.0),
+        sign=-1,
+    ),
+    Claim(
+        paper="CGI-DM",
+        says="Recovering hidden parts tells members better than earlier tests.",
+        measured="AUC of the loss difference on common draws over CGI-DM's",
+        bench="authentication",
+        command="python -m benchmarks.authentication",
+        chosen=lambda row: _is("AUC difference", "loss-difference", against="cgi-dm")(row) and row["method"] == "loss-difference",
+        sign=-1,
+    ),
+    Claim(
+        paper="Bayesian few-shot",
+        says="Samples keep their quality where plain fine-tuning corrupts.",
+        measured="dip of quality over the training, posterior over plain",
+        bench="corruption",
+        command="python -m benchmarks.corruption",
+        chosen=_posterior("quality dip difference"),
+        sign=-1,
+    ),
+    Claim(
+        paper="Bayesian few-shot",
+        says="Samples are more diverse.",
+        measured="diversity at equal steps, posterior over plain",
+        bench="corruption",
+        command="python -m benchmarks.corruption",
+        chosen=_posterior("diversity difference"),
+    ),
+    Claim(
+        paper="Bayesian few-shot",
+        says="Samples are more faithful.",
+        measured="fidelity at equal steps, posterior over plain",
+        bench="corruption",
+        command="python -m benchmarks.corruption",
+        chosen=_posterior("fidelity difference"),
+    ),
+    Claim(
+        paper="FineXtract",
+        says="Guidance away from the base model extracts more than classifier-free guidance.",
+        measured="AS over guidance at equal cost, average linkage",
+        bench="extraction",
+        command="python -m benchmarks.extraction",
+        chosen=_is("AS difference", "finextract", against="cfg", stage="clustered", pictures="training", clustering="agglomerative"),
+    ),
+    Claim(
+        paper="FineXtract",
+        says="... and more than plain sampling.",
+        measured="AS over plain sampling at equal cost, average linkage",
+        bench="extraction",
+        command="python -m benchmarks.extraction",
+        chosen=_is("AS difference", "finextract", against="plain", stage="clustered", pictures="training", clustering="agglomerative"),
+    ),
+    Claim(
+        paper="SPOT",
+        says="The skeleton posterior beats constraint-based search.",
+        measured="skeleton F1 of the posterior over FCI's",
+        bench="spot",
+        command="python -m benchmarks.spot",
+        chosen=_is("skeleton F1 difference", "posterior", against="fci"),
+    ),
+    Claim(
+        paper="SPOT",
+        says="Guided by it the search finds better graphs.",
+        measured="skeleton F1 of the guided search over the unguided, standardised data",
+        bench="spot",
+        command="python -m benchmarks.spot",
+        chosen=_is("skeleton F1 difference", "search-spot-standardised", against="search-off-standardised"),
+    ),
+)  # fmt: skip
+"""In one sentence each."""
+
+
+def verdict(claim: Claim, rows: Iterable[Row]) -> Verdict:
+    """Counts the cases for and against; one without an interval says nothing."""
+    found = [row for row in rows if claim.chosen(row) and row["low"] is not None]
+    low, high = [row["low"] for row in found], [row["high"] for row in found]
+    if claim.sign < 0:
+        low, high = [-value for value in high], [-value for value in low]
+    values = [row["value"] for row in found]
+    sets = (row["case"].get("set") or row["case"].get("network") or row["case"].get("part") for row in found)
+    return Verdict(
+        cases=len(found),
+        favour=sum(value > 0 for value in low),
+        against=sum(value < 0 for value in high),
+        low=min(values, default=0.0),
+        high=max(values, default=0.0),
+        on=tuple(sorted({str(name) for name in sets if name})),
+    )
+
+
+def verdicts() -> list[tuple[Claim, Verdict]]:
+    """Every claim, with the committed results."""
+    rows = {bench: common.newest(bench) for bench in {claim.bench for claim in CLAIMS}}
+    return [(claim, verdict(claim, rows[claim.bench])) for claim in CLAIMS]
+
+
+def failed() -> Sequence[str]:
+    """What did not hold, or not everywhere, one sentence each."""
+    return [
+        f"{claim.paper}: {claim.says} Measured: {claim.measured}; {counted(found)}. Holds: {found.holds}."
+        for claim, found in verdicts()
+        if found.holds != "yes"
+    ]
+
+
+def counted(found: Verdict) -> str:
+    """The cases in words."""
+    if not found.cases:
+        return "nothing yet"
+    undecided = found.cases - found.favour - found.against
+    return f"for it {found.favour}, against it {found.against}, open {undecided}; {found.low:+.2f} to {found.high:+.2f}"

@@ -1,7 +1,0 @@
-"""`python -m benchmarks.figures`: writes all plots and puts all tables into the README."""
-
-from benchmarks.figures import authentication, corruption, extraction, pod, protection, spot
-
-if __name__ == "__main__":
-    for part in (extraction, authentication, protection, corruption, pod, spot):
-        part.main()
