@@ -148,7 +148,7 @@ CLAIMS = (
         measured="skeleton F1 of the posterior over FCI's",
         bench="spot",
         command="python -m benchmarks.spot",
-        chosen=_is("skeleton F1 difference", "posterior", against="fci"),
+        chosen=_is("skeleton_F1 difference", "posterior", against="fci-andrey"),
     ),
     Claim(
         paper="SPOT",
@@ -156,7 +156,7 @@ CLAIMS = (
         measured="skeleton F1 of the guided search over the unguided, standardised data",
         bench="spot",
         command="python -m benchmarks.spot",
-        chosen=_is("skeleton F1 difference", "search-spot-standardised", against="search-off-standardised"),
+        chosen=lambda row: _is("skeleton_F1 difference", "spot", against="unguided", scale="standardised")(row) and row["method"] == "spot",
     ),
 )  # fmt: skip
 """In one sentence each."""
@@ -169,7 +169,7 @@ def verdict(claim: Claim, rows: Iterable[Row]) -> Verdict:
     if claim.sign < 0:
         low, high = [-value for value in high], [-value for value in low]
     values = [row["value"] for row in found]
-    sets = (row["case"].get("set") or row["case"].get("network") or row["case"].get("part") for row in found)
+    sets = (row["case"].get("set") or row["case"].get("data") for row in found)
     return Verdict(
         cases=len(found),
         favour=sum(value > 0 for value in low),

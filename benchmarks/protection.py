@@ -53,7 +53,7 @@ class Config:
     """Purifiers before fine-tuning, for the first of `imitated`."""
     partial: int = 1
     """Clean pictures among the protected, for the first of `imitated`; 0 leaves it out."""
-    tuning_steps: int = 400
+    tuning_steps: int = 200
     samples: int = 40
     work: Path = Path("out/bench-protection")
     """Pictures, losses and samples are kept here; an interrupted benchmark goes on."""

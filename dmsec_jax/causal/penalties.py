@@ -48,7 +48,7 @@ def ancestral(directed: Coefficients, bidirected: Coefficients) -> Float[Array, 
 
 
 def acyclic_ancestral(directed: Coefficients, bidirected: Coefficients) -> Float[Array, ""]:
-    """Zero if and only if the graph is acyclic and `ancestral` is: both from the same powers, at half the cost."""
+    """Zero if and only if the graph is acyclic and `ancestral` is: both from the same powers of one matrix."""
     doublings = max(6, _doublings(directed.shape[0]))
     paths = _power(jnp.square(directed) / 2**doublings, doublings)
     return jnp.trace(paths) + (paths * jnp.square(bidirected)).sum()

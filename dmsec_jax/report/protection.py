@@ -114,7 +114,7 @@ def headline(run: Protection) -> str:
         return "No protection was measured: random noise of the same size raises the model's loss as much."
     gone = [effect for effect in purified if not effect.real]
     left = min((effect.beyond.value for effect in purified), default=0.0)
-    percent = lambda value: f"{round(100 * value) + 0:d}%"  # no "-0%"
+    percent = lambda value: f"{round(100 * value)}%"  # as an integer there is no -0
     share = f"The model's loss rises by {percent(first.protected)}, with random noise of the same size by {percent(first.noise)}"
     if not purified:
         return f"{share}; no purifier was tried."
