@@ -28,8 +28,10 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.courses import Courses, Effort, Look
 from benchmarks.trained import Training
-from dmsec_jax import pipeline
+from dmsec_jax import monitoring, pipeline
 from dmsec_jax.core import config
+from dmsec_jax.diffusion.schedule import ScheduleConfig, alpha_bars
+from dmsec_jax.finetune import response
 from dmsec_jax.finetune.monitor import STAGES, reached
 from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.report.result import Row, row_over
@@ -42,6 +44,7 @@ UNITS = {
     "copied": "share of samples",
     "width@0.1": "s1 in latents",
     "width@0.5": "s1 in latents",
+    "passed@0.1": "share of what x_t has beyond the picture that comes through, by s1",
     "drift": "mean squared difference of noise predictions",
     "AS": "cosine",
     "A-ESR@cal": "share of training pictures",
@@ -110,9 +113,10 @@ def main(cfg: Config) -> None:
         harness.write("corruption", rows, settings, {"all": time.monotonic() - began}, [*NOTES, spent])
 
 
-def figures_of(look: Look) -> dict[str, float | None]:
+def figures_of(look: Look, schedule: ScheduleConfig) -> dict[str, float | None]:
     """Figures of one model, by the names of `UNITS`."""
     found, attacked = look.measures, look.extracted or {}
+    early = alpha_bars(schedule)[round(monitoring.WIDTH_TIMES[0] * (schedule.num_train_timesteps - 1))]
     return {
         "fidelity": found.fidelity,
         "quality": float(look.quality.mean()),
@@ -121,6 +125,7 @@ def figures_of(look: Look) -> dict[str, float | None]:
         "copied": found.copied,
         "width@0.1": found.widths[0],
         "width@0.5": found.widths[1],
+        "passed@0.1": float(response.slope_of(found.widths[0], early)),
         "drift": found.drift,
         "AS": attacked.get("AS"),
         "A-ESR@cal": attacked.get("A-ESR@cal"),
@@ -172,7 +177,7 @@ def _rows(training: Training, looks: dict[str, list[Look]], overrides: tuple[str
         rows.append({**names, "value": value})
 
     for method, course in looks.items():
-        curves[method] = [figures_of(one) for one in course]
+        curves[method] = [figures_of(one, training.base.schedule) for one in course]
         for one, figures in zip(course, curves[method], strict=True):
             case = training.case(one.measures.step) | more
             for metric, value in figures.items():
@@ -183,14 +188,10 @@ def _rows(training: Training, looks: dict[str, list[Look]], overrides: tuple[str
         for name, kind in (("quality", "quality"), ("fidelity", "likeness")):
             values = np.stack([getattr(one, kind) for one in course])
             add(method, f"{name} dip", dip(values), UNITS[name], whole)
-        widest = max(one.measures.widths[0] for one in course[1:]) / course[0].measures.widths[0]
-        add(
-            method,
-            "width_rise@0.1",
-            widest,
-            "largest s1 over that of the base model: at most 1 predicts no corruption",
-            whole,
-        )
+        for figure, what in (("width", "largest s1"), ("passed", "largest share of noise that comes through")):
+            first, *later = (found[f"{figure}@0.1"] for found in curves[method])
+            unit = f"{what} over the base model's: at most 1 predicts no corruption"
+            add(method, f"{figure}_rise@0.1", max(later) / first, unit, whole)
         for stage in STAGES[1:]:
             start = reached([one.measures for one in course], stage)
             add(method, "onset", None if start is None else float(start), "steps", whole | {"stage": stage})

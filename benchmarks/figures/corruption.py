@@ -1,5 +1,7 @@
 """The course of fine-tunings on a few pictures, plain and with a posterior over the weights: what improves, what is lost, what is copied."""
 
+import collections
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -35,18 +37,31 @@ EQUAL = {
 
 
 def main() -> None:
-    """Writes the plot and puts the tables into the README."""
-    studies = common.read(FOLDER, _rows)
-    text = f"![Courses of fine-tunings]({plot(studies)})\n\n{table(studies)}"
-    common.into_readme("corruption", text)
+    """Writes the plots and puts the tables into the README."""
+    studies = common.read(FOLDER, _rows, ("set", "tuner", "n0", "recipe"))
+    usual = [study for study in studies if not _recipe(study)]
+    kinds = collections.Counter((study.name, study.n0) for study in usual)
+    tuners = [study for study in usual if kinds[study.name, study.n0] > 1]
+    most = {study.name for study in usual if kinds[study.name, study.n0] == 1}
+    counts = [study for study in usual if study.name in most and study.tuner == "full"]
+    text = f"![Courses of fine-tunings]({plot(tuners, 'corruption')})\n\n"
+    if counts:
+        text += f"![Courses on fewer and more pictures]({plot(counts, 'counts')})\n\n"
+    common.into_readme("corruption", text + table(studies) + costs(common.newest("corruption")))
 
 
 def _rows(rows: list[dict]) -> list[dict]:
-    """Courses with the usual recipe; neither costs of a step nor other learning rates."""
-    return [row for row in rows if "n0" in row["case"] and "recipe" not in row["case"]]
+    """Courses, and no costs of a step."""
+    return [row for row in rows if "n0" in row["case"]]
 
 
-def plot(studies: list[Study]) -> str:
+def _recipe(study: Study) -> str:
+    """What differs from the usual recipe, as people write it."""
+    changed = study.rows[0]["case"].get("recipe", "")
+    return changed.replace("tune.learning_rate=", "rate ").replace("bayes.sigma0=", "sigma ")
+
+
+def plot(studies: list[Study], name: str) -> str:
     """One row per figure, one column per study."""
     figure = Figure(figsize=(2.6 * len(studies), 1.9 * len(CURVES)), layout="constrained")
     axes = figure.subplots(len(CURVES), len(studies), squeeze=False, sharey="row")
@@ -70,14 +85,15 @@ def plot(studies: list[Study]) -> str:
                 panel.set_ylabel(title, fontsize=8)
             if row == len(CURVES) - 1:
                 panel.set_xlabel("fine-tuning steps (batch 4)", fontsize=8)
-    return common.save(figure, FOLDER / "corruption.svg")
+    return common.save(figure, FOLDER / f"{name}.svg")
 
 
 def table(studies: list[Study]) -> str:
     """Markdown: when copying sets in, how deep the dips are, and what changes at equal fidelity against plain."""
-    head = ["set", "N0", "tuner", "method", "copying from step", "dip of quality", "dip of fidelity"]
+    head = ["set", "N0", "tuner", "recipe", "method", "copying from step", "dip of quality", "dip of fidelity"]
     head += [
         "largest s1 over the base model's",
+        "noise that comes through by it, over the base model's",
         *(f"{title} at equal fidelity, against plain" for title in EQUAL.values()),
     ]
     lines = [head]
@@ -87,7 +103,19 @@ def table(studies: list[Study]) -> str:
                 continue
             cells = [number(study.first("onset", method, stage="copying"))]
             cells += [number(study.first(f"{metric} dip", method)) for metric in ("quality", "fidelity")]
-            cells.append(number(study.first("width_rise@0.1", method)))
+            cells += [number(study.first(f"{figure}_rise@0.1", method)) for figure in ("width", "passed")]
             cells += [number(study.first(f"{metric} at equal fidelity", method), signed=True) for metric in EQUAL]
-            lines.append([study.name, str(study.n0), TUNERS[study.tuner], name, *cells])
+            lines.append([study.name, str(study.n0), TUNERS[study.tuner], _recipe(study) or "usual", name, *cells])
     return common.table(lines)
+
+
+def costs(rows: list[dict]) -> str:
+    """Markdown: what a posterior adds to a training step; nothing where that was not measured."""
+    ratios = {"cpu_seconds_ratio": "processor time", "memory_ratio": "compiled memory"}
+    found = {(row["case"]["shape"], row["method"], row["metric"]): row for row in rows if row["metric"] in ratios}
+    cases = dict.fromkeys((shape, method) for shape, method, _ in found if method != "plain")
+    lines = [["network", "posterior, generator or noise in", *ratios.values()]]
+    for shape, method in cases:
+        cells = [number(found.get((shape, method, metric)), brief=metric == "memory_ratio") for metric in ratios]
+        lines.append([shape, method.removeprefix("bayes-"), *cells])
+    return f"\n\nA training step over the plain one:\n\n{common.table(lines)}" if cases else ""

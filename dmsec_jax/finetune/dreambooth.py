@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
+from dmsec_jax.core.means import mean_over
 from dmsec_jax.core.types import Context, EpsFn, Key, Latent, Params, PerExample
 from dmsec_jax.diffusion.draws import example_keys, standard_normal, uniform_draw
 from dmsec_jax.diffusion.loss import denoising_loss, min_snr_weights
@@ -255,16 +256,13 @@ def gradients(
         means = per_example.reshape(len(parts), -1).mean(1)
         return means[0] + cfg.prior_weight * means[1:].sum(), means  # (Eq. 2)
 
-    def accumulate(total: Params, parts: list[tuple[Key, Examples]]):
+    def one(parts: list[tuple[Key, Examples]]):
         own = spread.own_rows(parts, axis_name)
         (loss, means), grads = jax.value_and_grad(objective, has_aux=True)(trainable, own)
-        return jax.tree.map(jnp.add, total, grads), (loss, means)
+        return grads, loss, means
 
     micro = jax.tree.map(lambda leaf: leaf.reshape(cfg.accumulation, -1, *leaf.shape[1:]), parts)
-    scanned = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trainable), micro)
-    total, terms = spread.mean(scanned, axis_name)
-    loss, means = jax.tree.map(lambda term: term.mean(0), terms)
-    grads = jax.tree.map(lambda leaf: leaf / cfg.accumulation, total)
+    grads, loss, means = spread.mean(mean_over(one, micro), axis_name)
     norm = optax.tree.norm(grads)
     return grads, Info(
         loss=loss,

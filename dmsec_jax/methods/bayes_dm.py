@@ -37,6 +37,7 @@ from jaxtyping import Array, Bool, Float
 from dmsec_jax.core import trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
+from dmsec_jax.core.means import mean_over
 from dmsec_jax.core.types import EpsFn, Key, Latent, Params
 from dmsec_jax.diffusion.schedule import ScheduleConfig
 from dmsec_jax.finetune import dreambooth
@@ -267,30 +268,25 @@ def step(
         noisy = Adapter(adapter.init, merge)
         return dreambooth.gradients(key, trainable, part, params, cfg, eps_fn=fn, adapter=noisy, **network)
 
-    def draw(total, k):
+    def draw(k):
         own = _weight_key(key, k, cfg)
         if cfg.halves == "shared" or batch.prior is None:
             found, info = at(own, batch)
-            terms = (info.instance_loss, info.prior_loss)
-        else:
-            found, info = at(own, Data(batch.instance))
-            other, prior_info = at(jax.random.fold_in(own, 1), Data(batch.prior))
-            found = jax.tree.map(lambda a, b: a + cfg.prior_weight * b, found, other)
-            terms = (info.instance_loss, prior_info.instance_loss)
-        return jax.tree.map(jnp.add, total, found), terms
+            return found, info.instance_loss, info.prior_loss
+        found, info = at(own, Data(batch.instance))
+        other, prior_info = at(jax.random.fold_in(own, 1), Data(batch.prior))
+        found = jax.tree.map(lambda a, b: a + cfg.prior_weight * b, found, other)
+        return found, info.instance_loss, prior_info.instance_loss
 
-    zeros = jax.tree.map(jnp.zeros_like, trainable)
-    total, (instance, prior) = jax.lax.scan(draw, zeros, jnp.arange(cfg.weight_samples))
-    grads = jax.tree.map(lambda leaf: leaf / cfg.weight_samples, total)
-
+    grads, instance, prior = mean_over(draw, jnp.arange(cfg.weight_samples))
     grads, kl = _regularised(grads, trainable, state.prior, cfg)
     norm = optax.tree.norm(grads)
-    loss = instance.mean() + cfg.prior_weight * prior.mean()
+    loss = instance + cfg.prior_weight * prior
     sigma = deviations(state.raw, cfg)
     info = Info(
         loss=loss,
-        instance_loss=instance.mean(),
-        prior_loss=prior.mean(),
+        instance_loss=instance,
+        prior_loss=prior,
         kl=kl,
         sigma=sum(leaf.sum() for leaf in jax.tree.leaves(sigma)) / trees.count(sigma),
         grad_norm=norm,
@@ -345,12 +341,15 @@ def _drawn(key: Key, base: Params, both: dict[str, Params], prior: Params, cfg: 
 def _regularised(grads: Params, both: dict[str, Params], prior: Params, cfg: Config) -> tuple[Params, Float[Array, ""]]:
     """The gradient with that of the KL term, and KL."""
 
-    def penalty(both):
-        return divergence(selected(both["mu"], cfg), deviations(both["raw"], cfg), prior, cfg)
+    def penalty(mu, raw):
+        return divergence(mu, deviations(raw, cfg), prior, cfg)
 
-    kl, pull = jax.value_and_grad(penalty)(both)
+    kl, (pull, raw_pull) = jax.value_and_grad(penalty, (0, 1))(selected(both["mu"], cfg), both["raw"])
     # a weight of zero must not turn an infinite divergence (sigma = 0) into NaN
-    grads = jax.tree.map(lambda a, b: a + jnp.where(cfg.kl_weight > 0, cfg.kl_weight * b, 0.0), grads, pull)
+    add = lambda grad, pull: grad + jnp.where(cfg.kl_weight > 0, cfg.kl_weight * pull, 0.0)
+    mu = trees.flatten(grads["mu"])
+    mu |= {path: add(mu[path], leaf) for path, leaf in trees.flatten(pull).items()}
+    grads = {"mu": trees.unflatten(mu), "raw": jax.tree.map(add, grads["raw"], raw_pull)}
     # frozen sigmas must not take part in the clipping of the others
     grads["raw"] = jax.tree.map(lambda leaf: jnp.where(cfg.sigma_rate > 0, leaf, 0.0), grads["raw"])
     return grads, kl
