@@ -1,14 +1,17 @@
 """The claims of the five papers beside what was measured here: directions only, since the papers' figures are of models a hundred times as large.
 
 A claim is judged by differences with intervals, in the newest committed results: a case is for it where the interval lies on the claimed side of
-zero, against it where it lies on the other. One rule for all: `yes` if more than half of the cases are for it and none against, `in part` if at
-least more are for it than against, `no` if more are against it, `open` if as many.
+zero, against it where it lies on the other; an interval without width is of a measure that never moved, and no case. One rule for all: `yes` if more
+than half of the cases are for it and none against; else `in part` or `no` if more are for it or against it than chance explains, `mixed` if both are,
+`open` if neither is.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.figures import common
+from scipy import stats
+
+from benchmarks.figures import common, spot
 
 Row = dict
 
@@ -34,6 +37,8 @@ class Verdict:
     cases: int
     favour: int
     against: int
+    still: int
+    """Differences that were zero in every run; no cases."""
     low: float
     high: float
     on: tuple[str, ...]
@@ -41,12 +46,15 @@ class Verdict:
     @property
     def holds(self) -> str:
         if not self.cases:
-            return "not measured yet"
+            return "cannot be told" if self.still else "not measured yet"
         if 2 * self.favour > self.cases and not self.against:
             return "yes"
-        if self.favour == self.against:
-            return "open"
-        return "in part" if self.favour > self.against else "no"
+        told = self._beyond_chance(self.favour), self._beyond_chance(self.against)
+        return {(True, False): "in part", (False, True): "no", (True, True): "mixed", (False, False): "open"}[told]
+
+    def _beyond_chance(self, count: int) -> bool:
+        """Whether so many intervals of 95 % lie on one side where there is nothing, in at most one of twenty such tables."""
+        return float(stats.binom.sf(count - 1, self.cases, 0.025)) <= 0.05
 
 
 def _is(metric: str, *methods: str, **case) -> Callable[[Row], bool]:
@@ -61,7 +69,7 @@ def _posterior(metric: str) -> Callable[[Row], bool]:
     return lambda row: (
         _is(metric, "bayes-")(row)
         and "recipe" not in row["case"]
-        and row["case"].get("steps") != 0  # before the first step all are the same
+        and row["case"].get("steps") in (None, 100)  # one case of a training: its steps are no independent trials
     )
 
 
@@ -113,7 +121,7 @@ CLAIMS = (
     Claim(
         paper="Bayesian few-shot",
         says="Samples are more diverse.",
-        measured="diversity at equal steps, posterior over plain",
+        measured="diversity after 100 steps, posterior over plain",
         bench="corruption",
         command="python -m benchmarks.corruption",
         chosen=_posterior("diversity difference"),
@@ -121,7 +129,7 @@ CLAIMS = (
     Claim(
         paper="Bayesian few-shot",
         says="Samples are more faithful.",
-        measured="fidelity at equal steps, posterior over plain",
+        measured="fidelity after 100 steps, posterior over plain",
         bench="corruption",
         command="python -m benchmarks.corruption",
         chosen=_posterior("fidelity difference"),
@@ -164,7 +172,8 @@ CLAIMS = (
 
 def verdict(claim: Claim, rows: Iterable[Row]) -> Verdict:
     """Counts the cases for and against; one without an interval says nothing."""
-    found = [row for row in rows if claim.chosen(row) and row["low"] is not None]
+    known = [row for row in rows if claim.chosen(row) and row["low"] is not None]
+    found = [row for row in known if row["low"] < row["high"] or row["value"] != 0]
     low, high = [row["low"] for row in found], [row["high"] for row in found]
     if claim.sign < 0:
         low, high = [-value for value in high], [-value for value in low]
@@ -174,6 +183,7 @@ def verdict(claim: Claim, rows: Iterable[Row]) -> Verdict:
         cases=len(found),
         favour=sum(value > 0 for value in low),
         against=sum(value < 0 for value in high),
+        still=len(known) - len(found),
         low=min(values, default=0.0),
         high=max(values, default=0.0),
         on=tuple(sorted({str(name) for name in sets if name})),
@@ -182,7 +192,8 @@ def verdict(claim: Claim, rows: Iterable[Row]) -> Verdict:
 
 def verdicts() -> list[tuple[Claim, Verdict]]:
     """Every claim, with the committed results."""
-    rows = {bench: common.newest(bench) for bench in {claim.bench for claim in CLAIMS}}
+    rows = {bench: common.newest(bench) for bench in {claim.bench for claim in CLAIMS} - {"spot"}}
+    rows["spot"] = [row for row in spot.newest() if "posterior" not in row["case"]]  # the shipped posterior alone
     return [(claim, verdict(claim, rows[claim.bench])) for claim in CLAIMS]
 
 
@@ -198,6 +209,6 @@ def failed() -> Sequence[str]:
 def counted(found: Verdict) -> str:
     """The cases in words."""
     if not found.cases:
-        return "nothing yet"
+        return f"no difference at all in {found.still}" if found.still else "nothing yet"
     undecided = found.cases - found.favour - found.against
     return f"for it {found.favour}, against it {found.against}, open {undecided}; {found.low:+.2f} to {found.high:+.2f}"

@@ -193,7 +193,7 @@ def _rows(training: Training, looks: dict[str, list[Look]], overrides: tuple[str
             unit = f"{what} over the base model's: at most 1 predicts no corruption"
             add(method, f"{figure}_rise@0.1", max(later) / first, unit, whole)
         for stage in STAGES[1:]:
-            start = reached([one.measures for one in course], stage)
+            start = reached([one.measures for one in course[1:]], stage)  # what the base model does is no onset
             add(method, "onset", None if start is None else float(start), "steps", whole | {"stage": stage})
     for method, metric in itertools.product(curves.keys() - {"plain"}, CURVES if "plain" in curves else ()):
         both = [method, "plain"]

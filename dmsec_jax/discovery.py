@@ -75,7 +75,7 @@ class SPOT(BaseEstimator):
         mag_, pag_: [V, V] int8 marks (`core.marks`): the graph of the lowest extended BIC, and what all graphs with the same independences share.
         coef_: [V, V], i -> j, in standard deviations of the (transformed) columns.
         omega_: [V, V] covariance of the errors; off the diagonal that of hidden common causes.
-        bic_, bics_: extended BIC (`causal.climb.edge_cost`) of the graph, and of every local search; lower is better.
+        bic_, bics_: extended BIC (`causal.climb.edge_costs`) of the graph, and of every local search; lower is better.
         marks_: [R + 1, V, V] of every local search.
         names_ (also `feature_names_in_`), n_features_in_, num_rows_.
         notes_: sentences that a reader of the outcome must know.
@@ -208,14 +208,15 @@ def refined(orders, guide: spot.Guide, covariance, rows: int, required, model: S
     likely = guide.probability > model.search.exclude
     may = np.asarray(guide.directed & likely), np.asarray(guide.bidirected & likely)
     options = {"legal_fn": LEGAL[model.family], "cfg": model.local}
-    ends = refine.refined(np.asarray(orders), np.asarray(guide.probability), covariance, rows, may, required, **options)
+    probability = np.asarray(guide.probability)
+    costs = climb.edge_costs(probability, rows, model.local.gamma)
+    ends = refine.refined(np.asarray(orders), probability, covariance, rows, costs, may, required, **options)
     directed, bidirected = (np.stack([getattr(end, part) for end in ends]) for part in ("directed", "bidirected"))
     graphs = jax.device_get(_fitted(directed, bidirected, covariance, jnp.float32(rows)))
     report(stage, count, count)
-    edges = directed.sum(axis=(1, 2)) + bidirected.sum(axis=(1, 2)) / 2
-    size = len(covariance)
-    extra = climb.edge_cost(size, rows, model.local.gamma) - climb.edge_cost(size, rows, 0.0)
-    graphs = graphs._replace(bic=graphs.bic + extra * edges)
+    edges = directed | directed.swapaxes(1, 2) | bidirected
+    beyond = costs - climb.edge_costs(probability, rows, 0.0)  # BIC's own price is in the fits
+    graphs = graphs._replace(bic=graphs.bic + (beyond * edges).sum(axis=(1, 2)) / 2)
     known = np.isfinite(graphs.bic)
     cure = "try normal-scores or fewer variables"
     require(bool(known.any()), "the fit", "finite", "no likelihood for any start", cure)

@@ -64,6 +64,7 @@ TEXT = """
   %done = bf16[8,8]{1,0} all-gather-done(%ag)
   %ag2 = f32[96,8]{0,1} all-gather(%d), channel_id=15, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={1}
   %cp = f32[16]{0} collective-permute(%c), source_target_pairs={{0,1},{1,0}}
+  %cp2 = (f32[16]{0}, f32[16]{0}) collective-permute-start(%c), source_target_pairs={{0,1},{1,0}}
   %not = f32[16]{0} fusion(%all-reduce.1), kind=kLoop
 """
 
@@ -73,11 +74,11 @@ def test_collectives_are_counted_with_the_bytes_of_a_ring():
     assert {kind: part["count"] for kind, part in found.items()} == {
         "all-reduce": 1,
         "all-gather": 2,
-        "collective-permute": 1,
+        "collective-permute": 2,
     }
     assert found["all-reduce"]["bytes"] == pytest.approx(2 * 3 / 4 * 4096)
     assert found["all-gather"]["bytes"] == pytest.approx(3 / 4 * (128 + 4 * 96 * 8))
-    assert found["collective-permute"]["bytes"] == 64
+    assert found["collective-permute"]["bytes"] == 2 * 64
 
 
 def test_groups_of_an_unknown_form_are_an_error_not_a_zero():

@@ -68,9 +68,11 @@ def difference(low, high, value=None, **case):
     ([], "not measured yet"),
     ([difference(0.1, 0.2), difference(0.1, 0.3), difference(-0.1, 0.2)], "yes"),
     ([difference(0.1, 0.2), difference(0.1, 0.3), difference(-0.3, -0.2)], "in part"),
-    ([difference(0.1, 0.2), difference(-0.1, 0.3), difference(-0.1, 0.2)], "in part"),
+    ([difference(0.1, 0.2), difference(-0.1, 0.3), difference(-0.1, 0.2)], "open"),  # one of three is chance
+    ([difference(0.1, 0.2), difference(0.1, 0.3), *[difference(-0.1, 0.2)] * 3], "in part"),
     ([difference(-0.1, 0.2)], "open"),
-    ([difference(0.1, 0.2), difference(-0.3, -0.2)], "open"),
+    ([difference(0.1, 0.2), difference(-0.3, -0.2)], "mixed"),
+    ([difference(0.0, 0.0)] * 3, "cannot be told"),
     ([difference(0.1, 0.2), difference(-0.3, -0.2), difference(-0.3, -0.1)], "no"),
     ([difference(0.1, 0.2, against="plain")], "not measured yet"),
 ])  # fmt: skip

@@ -6,7 +6,7 @@
     spot-masked     guided by the probability itself
     spot            guided by log-odds
     spot+local      local searches from the likely skeleton, oriented by likelihood, and by what `spot` found
-    local           the same without gradients: random orders in place of `spot`'s
+    local           the same without gradients: a random order in place of `spot`'s
     fci, fci-andrey, gfci    other programs (`peers`)
 
 What does not change with the units of the variables is asked once, of scale "either".
@@ -31,6 +31,8 @@ from dmsec_jax.methods import spot
 Scale = Literal["raw", "standardised", "either"]
 Marks = Int8[np.ndarray, "V V"]
 GUIDES = {"unguided": "off", "spot-annealed": "spot", "spot-masked": "prob", "spot": "log-odds"}
+PAPERS_EXCLUDE = 1e-3
+"""Least probability of an edge that the paper's guide lets the search try."""
 UNITS = (*GUIDES, "spot+local")
 """Methods whose answer depends on units."""
 ALL = ("posterior", *UNITS, "local", *peers.PEERS)
@@ -63,8 +65,8 @@ def ask(method: str, scale: Scale, question: Question, earlier: Mapping[str, Mar
         return _by_gradients(question, probability, GUIDES[method], scale)
     if method == "spot+local":
         return _local(question, probability, graphs.to_edges(earlier["spot"])[0][None])
-    places = np.random.default_rng(question.seed).random((question.restarts, len(probability)))
-    return _local(question, probability, places[:, :, None] < places[:, None])
+    places = np.random.default_rng(question.seed).random(len(probability))
+    return _local(question, probability, (places[:, None] < places)[None])
 
 
 def probabilities(posterior: Posterior, data: Float[np.ndarray, "N V"]) -> Float[np.ndarray, "V V"]:
@@ -89,7 +91,8 @@ def _by_gradients(question: Question, probability, guide: str, scale: Scale) -> 
         lambda leaf: jnp.broadcast_to(leaf, (question.restarts, *leaf.shape)), _guide(question, probability)
     )
     covariance = _covariance(question.data, scale)
-    return np.asarray(_searched(key, covariance, rows, guidance, spot.Config(guide=guide), question.family).marks)
+    cfg = spot.Config(guide=guide, exclude=PAPERS_EXCLUDE) if guide == "spot" else spot.Config(guide=guide)
+    return np.asarray(_searched(key, covariance, rows, guidance, cfg, question.family).marks)
 
 
 def _local(question: Question, probability, orders) -> Marks:

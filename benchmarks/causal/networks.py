@@ -72,10 +72,12 @@ def structure(name: str) -> Network:
 
 
 def hide(seed: int, network: Network, share: float = 0.1) -> Network:
-    """The network with a tenth of its vertices, drawn from those that have two effects or more, moved to the end."""
+    """The network with a tenth of its vertices moved to the end: drawn from those that have two effects or more, or from those that have any
+    where that would leave little to draw (hailfinder has as many of them as are hidden)."""
     rng = np.random.default_rng(seed)
-    count = max(1, round(share * len(network.names)))
-    chosen = rng.choice(np.flatnonzero(network.directed.sum(axis=1) >= 2), count, replace=False)
+    count, effects = max(1, round(share * len(network.names))), network.directed.sum(axis=1)
+    able = np.flatnonzero(effects >= (2 if (effects >= 2).sum() >= 2 * count else 1))
+    chosen = rng.choice(able, count, replace=False)
     order = np.concatenate([np.setdiff1d(np.arange(len(network.names)), chosen), chosen])
     names = tuple(network.names[i] for i in order)
     both = np.ix_(order, order)

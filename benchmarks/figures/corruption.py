@@ -90,7 +90,17 @@ def plot(studies: list[Study], name: str) -> str:
 
 def table(studies: list[Study]) -> str:
     """Markdown: when copying sets in, how deep the dips are, and what changes at equal fidelity against plain."""
-    head = ["set", "N0", "tuner", "recipe", "method", "copying from step", "dip of quality", "dip of fidelity"]
+    head = [
+        "set",
+        "N0",
+        "tuner",
+        "recipe",
+        "method",
+        "seeds that copy at the end",
+        "before the first step",
+        "dip of quality",
+        "dip of fidelity",
+    ]
     head += [
         "largest s1 over the base model's",
         "noise that comes through by it, over the base model's",
@@ -101,12 +111,19 @@ def table(studies: list[Study]) -> str:
         for method, (name, *_) in METHODS.items():
             if study.first("fidelity", method) is None:
                 continue
-            cells = [number(study.first("onset", method, stage="copying"))]
+            cells = [_copying(study, method), _copying(study, method, 0)]
             cells += [number(study.first(f"{metric} dip", method)) for metric in ("quality", "fidelity")]
             cells += [number(study.first(f"{figure}_rise@0.1", method)) for figure in ("width", "passed")]
             cells += [number(study.first(f"{metric} at equal fidelity", method), signed=True) for metric in EQUAL]
             lines.append([study.name, str(study.n0), TUNERS[study.tuner], _recipe(study) or "usual", name, *cells])
     return common.table(lines)
+
+
+def _copying(study: Study, method: str, steps: int | None = None) -> str:
+    """How many seeds are at the stage of copying after so many steps; None: at the end."""
+    found = {row["case"]["steps"]: row for row in study.all("stage", method, stage="copying")}
+    row = found[max(found) if steps is None else steps]
+    return f"{round(row['value'] * row['n'])} of {row['n']}"
 
 
 def costs(rows: list[dict]) -> str:

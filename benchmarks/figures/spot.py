@@ -19,6 +19,8 @@ METHODS = {
     "fci-andrey": "FCI (andrey)",
     "gfci": "GFCI (andrey)",
 }
+SEARCHES = ("unguided", "spot", "spot+local")
+"""Methods whose number of starts can be chosen."""
 IDENTITY = (
     "posterior",
     "part",
@@ -50,8 +52,10 @@ def newest() -> list[dict]:
     found = {}
     for path in sorted(FOLDER.glob("*/*.json"), key=lambda path: path.name):
         content = json.loads(path.read_text())
-        posterior = content["config"]["posterior"]
+        posterior, restarts = content["config"]["posterior"], content["config"].get("restarts")
         for row in content["rows"]:
+            if row["method"] in SEARCHES:
+                row["case"]["restarts"] = restarts
             if posterior != discovery.SHIPPED.name:
                 row["case"]["posterior"] = f"(posterior: {posterior})"
             if " F1" not in row["metric"] and row["metric"] != "distance":

@@ -1,6 +1,7 @@
 """What the table says: paired comparisons of each choice with its reference, with intervals, effect sizes and one correction for all of them.
 
-Two models are a pair if they differ in the choice alone. Pairs of one set, N0 and seed share pictures, so their differences are averaged first:
+Two models are a pair if they differ in the choice alone. Pairs of one set and seed share pictures, those of a small N0 are among those of a larger,
+so their differences are averaged first:
 one difference d_sb for each set s and seed b. Over sets the mean of the sets' means is reported, twice: with an interval of the sets at hand (Student
 over seeds within sets, Satterthwaite's degrees of freedom), and with one of sets like them (Student over the sets' means). The p-value is that of
 the first, corrected by Holm over the whole family; the effect size is the mean over the deviation of d_sb within sets (Cohen's d_z).
@@ -86,7 +87,7 @@ class Comparison(NamedTuple):
 
 
 def differences(rows: Sequence[Row], outcome: str, knob: str, level: str, reference: str) -> dict[str, np.ndarray]:
-    """Set -> d_sb, one for each N0 and seed in which pairs are found."""
+    """Set -> d_sb, one for each seed in which pairs are found."""
     others = tuple(name for name in FIXED if name != knob)
     values = {}
     for row in rows:
@@ -96,7 +97,9 @@ def differences(rows: Sequence[Row], outcome: str, knob: str, level: str, refere
     blocks: dict[tuple, list[float]] = {}
     for place, pair in values.items():
         if len(pair) == 2:
-            blocks.setdefault(place[: len(BLOCK)], []).append(pair[level] - pair[reference])
+            blocks.setdefault((place[BLOCK.index("set")], place[BLOCK.index("seed")]), []).append(
+                pair[level] - pair[reference]
+            )
     by_set: dict[str, list[float]] = {}
     for block, gaps in sorted(blocks.items()):
         by_set.setdefault(block[0], []).append(float(np.mean(gaps)))

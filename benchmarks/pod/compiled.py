@@ -104,7 +104,7 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
 def _factor(kind: str, rest: str, asynchronous: bool) -> float:
     """What one device sends, over the size of what the instruction gives."""
     if kind == "collective-permute":
-        return 1.0
+        return 0.5 if asynchronous else 1.0  # the start gives its operand, too
     n = together(rest)
     if kind == "all-gather" and asynchronous:  # gives its operands, too
         return (n - 1) / (n + 1)

@@ -44,7 +44,7 @@ def similarities(count: int, width: int = 512) -> Case:
 
 
 def lagrangian(size: int, starts: int) -> Case:
-    """Value and gradient of SPOT's augmented Lagrangian at several starts: what its optimiser does in every step."""
+    """Value and gradient of SPOT's augmented Lagrangian at several starts and held pseudo-variables: what an optimiser does in every step."""
     rng = np.random.default_rng(0)
     data = rng.standard_normal((ROWS, size)) @ (np.eye(size) + np.triu(0.3 * rng.standard_normal((size, size)), 1))
     covariance = (data.T @ data / ROWS).astype(np.float32)
@@ -59,12 +59,13 @@ def lagrangian(size: int, starts: int) -> Case:
         count = sum(mag.l0(part, ROWS).sum() for part in theta)
         return mag.least_squares(directed, bidirected, covariance, at) + PENALTY * count + RHO / 2 * h**2 + ALPHA * h
 
-    def one(directed, lower, covariance):
-        at = mag.pseudo(directed, lower + lower.T, covariance)
+    def one(directed, lower, at, covariance):
         return jax.value_and_grad(total)((directed, lower), at, covariance)
 
-    def run(directed, lower, covariance):
-        return jax.vmap(one, in_axes=(0, 0, None))(directed, lower, covariance)
+    def run(directed, lower, at, covariance):
+        return jax.vmap(one, in_axes=(0, 0, 0, None))(directed, lower, at, covariance)
+
+    held = jax.jit(jax.vmap(mag.pseudo, in_axes=(0, 0, None)))(directed, bidirected, covariance)
 
     size_of = {"rho": RHO, "alpha": ALPHA, "penalty": PENALTY}
     modern = lambda how: causal.covariance_form(covariance, ROWS, directed, bidirected, how=how, **size_of)
@@ -73,7 +74,7 @@ def lagrangian(size: int, starts: int) -> Case:
         shape=f"{size} variables",
         batch=starts,
         fn=run,
-        args=tuple(map(jnp.asarray, (directed, lower, covariance))),
+        args=(jnp.asarray(directed), jnp.asarray(lower), held, jnp.asarray(covariance)),
         named=lambda out: {
             "value": np.asarray(out[0]),
             "directed": np.asarray(out[1][0]) * off,  # |w| has no slope at 0, where the diagonal stays

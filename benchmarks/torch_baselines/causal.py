@@ -1,7 +1,7 @@
 """ABIC's augmented Lagrangian for ancestral graphs (rbhatta8/dcd, `admg_discovery.py`), value and gradient: as published, and in covariance form.
 
-The published code differentiates with `autograd`; these are the same operations on float64 tensors. The pseudo-variables are computed once for an
-evaluation and held fixed.
+The published code differentiates with `autograd`; these are the same operations on float64 tensors. As there, pseudo-variables are computed before a
+descent and held fixed in it: they are no part of an evaluation.
 """
 
 import math
@@ -43,11 +43,13 @@ def published(data: Any, directed: Any, bidirected: Any, *, rho: float, alpha: f
         h = torch.trace(power) - size + (series * w2 * w2).sum()
         return _whole(loss, h, (w1, w2.tril(-1)), rows, rho, alpha, penalty)
 
+    held = [pseudo(w1, w2) for w1, w2 in starts]
+
     def run() -> Outcome:
         values, gradients = [], []
-        for w1, w2 in starts:
+        for (w1, w2), z in zip(starts, held, strict=True):
             theta = w1.clone().requires_grad_(), w2.tril(-1).requires_grad_()
-            value = objective(theta[0], theta[1] + theta[1].T, pseudo(w1, w2))
+            value = objective(theta[0], theta[1] + theta[1].T, z)
             gradients.append(torch.autograd.grad(value, theta))
             values.append(value.detach())
         return _outcome(values, gradients)
@@ -83,9 +85,11 @@ def covariance_form(
 
     objective = torch.compile(total, dynamic=False) if how == "compiled" else total
 
+    held = both(w1, w2)
+
     def run() -> Outcome:
         theta = w1.clone().requires_grad_(), w2.tril(-1).requires_grad_()
-        values = objective(*theta, *both(w1, w2))
+        values = objective(*theta, *held)
         gradients = torch.autograd.grad(values.sum(), theta)
         return _outcome(list(values.detach()), list(zip(*gradients, strict=True)))
 

@@ -33,7 +33,7 @@ SWEEPS, CHANGE = 30, 1e-2
 
 @config
 class Config:
-    """gamma: of the extended BIC (`edge_cost`); 0 is BIC.
+    """gamma: of the extended BIC (`edge_costs`); 0 is BIC.
 
     max_moves: at most. tabu: moves for which a changed pair stays, or half the number of pairs.
     patience: moves without a better graph after which the search ends.
@@ -53,9 +53,13 @@ class Climbed(NamedTuple):
     moves: int
 
 
-def edge_cost(size: int, num_rows: float, gamma: float) -> float:
-    """log n + 4 gamma log V: the extended BIC (Foygel and Drton, NeurIPS 2010), where BIC would take chance for edges, so many pairs there are."""
-    return math.log(num_rows) + 4 * gamma * math.log(size)
+def edge_costs(probability: Float[np.ndarray, "V V"], num_rows: float, gamma: float) -> Matrix:
+    """log n + 4 gamma log V (1 - p), of an edge of probability p.
+
+    At p = 0 this is the extended BIC (Foygel and Drton, NeurIPS 2010), for where BIC would take chance for edges, so many pairs there are; that part
+    is paid as far as an edge is in doubt, since those that are likely without it are few.
+    """
+    return math.log(num_rows) + 4 * gamma * math.log(len(probability)) * (1 - np.asarray(probability, np.float64))
 
 
 def climb(
@@ -71,7 +75,7 @@ def climb(
     """The best graph met on the way from the given one, which is in the class and has at most one edge on a pair.
 
     Args:
-        costs: [i, j], symmetric, of an edge on the pair, in units of -2 log L (`edge_cost`).
+        costs: [i, j], symmetric, of an edge on the pair, in units of -2 log L (`edge_costs`).
         may: which i -> j and i <-> j may be tried; pairs without any stay as they are.
     """
     state = _State(directed, bidirected, covariance, num_rows, costs)

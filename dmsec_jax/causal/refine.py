@@ -21,6 +21,7 @@ def refined(
     probability: Float[np.ndarray, "V V"],
     covariance: Matrix,
     num_rows: float,
+    costs: Matrix,
     may: tuple[Edges, Edges],
     required: Edges,
     legal_fn: LegalFn,
@@ -29,16 +30,15 @@ def refined(
     """R + 1 graphs: from the greedy start, and from the order of each acyclic i -> j of `found`.
 
     Args:
+        costs: as of `climb.climb`, for example `climb.edge_costs`.
         may: which i -> j and i <-> j may be; symmetric in the pairs that have any.
         required: i -> j that stay; together acyclic.
     """
-    size = len(covariance)
     free = ~(required | required.T)
     may = may[0] & free, may[1] & free
     likely = (probability > LIKELY) & free
     starts = [_greedy(likely, covariance, num_rows, may[0], required, legal_fn, cfg)]
     starts += [_ordered(likely, directed, may, required, legal_fn) for directed in found]
-    costs = np.full((size, size), climb.edge_cost(size, num_rows, cfg.gamma))
     return [climb.climb(*start, covariance, num_rows, costs, may, legal_fn, cfg) for start in starts]
 
 

@@ -235,8 +235,11 @@ def _graph(total, prior, hidden, knowledge):
         jnp.arange(total) < total - hidden, priority, priority / 2
     )  # early ones have children to confound
     if knowledge is not None:
-        seen = slice(None, len(knowledge.tier))
-        priority = priority.at[seen].set(_after_causes(priority[seen] + 2 * knowledge.tier, knowledge.required))
+        seen, free = slice(None, len(knowledge.tier)), jnp.isnan(knowledge.tier)
+        tier = jnp.where(free, 0.0, knowledge.tier)
+        anywhere = priority[seen] * (2 * tier.max() + 1)  # in no tier: before, between or after all of them
+        placed = jnp.where(free, anywhere, priority[seen] + 2 * tier)
+        priority = priority.at[seen].set(_after_causes(placed, knowledge.required))
     return priority[:, None] < priority[None], adjacent.astype(jnp.float32), confounded.astype(jnp.float32)
 
 

@@ -10,7 +10,7 @@ from dmsec_jax.causal import climb, graphs, mag, pag, penalties
 SIZE, ROWS = 6, 20_000.0
 OFF = ~np.eye(SIZE, dtype=bool)
 NONE = np.zeros((SIZE, SIZE), bool)
-COSTS = np.full((SIZE, SIZE), climb.edge_cost(SIZE, ROWS, 0.0))
+COSTS = climb.edge_costs(np.ones((SIZE, SIZE)), ROWS, 0.5)
 REFIT = jax.jit(mag.refit)
 
 
@@ -124,4 +124,9 @@ def test_the_search_leaves_a_local_optimum_and_returns_the_best_graph_met():
 
 
 def test_the_price_of_an_edge_by_hand():
-    np.testing.assert_allclose(climb.edge_cost(100, 1000, 0.5), np.log(1000) + 2 * np.log(100))
+    probability = np.zeros((100, 100))
+    probability[0, 1], probability[0, 2] = 1.0, 0.25
+    prices = climb.edge_costs(probability, 1000, 0.5)
+    extended, bic = np.log(1000) + 2 * np.log(100), np.log(1000)
+    np.testing.assert_allclose(prices[0, [1, 2, 3]], [bic, 0.25 * bic + 0.75 * extended, extended])
+    np.testing.assert_allclose(climb.edge_costs(probability, 1000, 0.0), bic)

@@ -24,8 +24,9 @@ def covariance():
 
 def refined(found, skeleton, required=NONE, may=(OFF, OFF), **options):
     probability = np.where(skeleton | skeleton.T, 0.9, 0.2)
-    cfg = climb.Config(**options)
-    return refine.refined(np.stack(found), probability, covariance(), ROWS, may, required, climb.stays_ancestral, cfg)
+    cfg, legal = climb.Config(**options), climb.stays_ancestral
+    costs = climb.edge_costs(probability, ROWS, cfg.gamma)
+    return refine.refined(np.stack(found), probability, covariance(), ROWS, costs, may, required, legal, cfg)
 
 
 def test_the_best_start_ends_at_the_collider():

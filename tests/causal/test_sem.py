@@ -138,13 +138,15 @@ def test_knowledge_holds_in_every_draw(prior):
     required, forbidden = np.zeros((2, SIZE, SIZE), bool)
     required[5, 0] = required[0, 6] = True
     forbidden[1, 2] = forbidden[2, 1] = forbidden[3, 4] = True
-    tier = np.array([0, 0, 0, 0, 0, 0, 1, 1.0], np.float32)
+    tier = np.array([0, 0, 0, np.nan, 0, 0, 1, 1.0], np.float32)
     known = (*(tuple(map(tuple, part.tolist())) for part in (required, forbidden)), tuple(tier.tolist()))
     draws = structures(prior, known)
     directed = draws.weights[:, :SIZE, :SIZE] != 0
     assert directed[:, required].all()
     assert not directed[:, forbidden].any()
-    assert not directed[:, 6:, :6].any()
+    assert not directed[:, 6:, [0, 1, 2, 4, 5]].any()
+    assert directed[:, 6:, 3].any()  # of no tier: behind all, or before
+    assert directed[:, 3, :3].any()
     assert np.asarray(jax.jit(jax.vmap(graphs.is_acyclic))(draws.weights)).all()
     if prior == sem.BROAD:
         assert not (draws.omega[:, 1, 2] != 0).any()

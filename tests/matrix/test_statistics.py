@@ -55,9 +55,12 @@ def test_pairs_share_all_but_the_choice_and_are_averaged_within_a_seed():
         identity | {"seed": 0, "tuner": "lora", "treatment": "clean", "AS": 0.9},
         identity | {"seed": 0, "tuner": "lora", "treatment": "advdm", "AS": 0.7},
         identity | {"seed": 1, "tuner": "lora", "treatment": "advdm", "AS": 0.7},  # its partner is missing
+        identity
+        | {"n0": 10, "seed": 0, "tuner": "full", "treatment": "clean", "AS": 0.4},  # the five are among the ten
+        identity | {"n0": 10, "seed": 0, "tuner": "full", "treatment": "advdm", "AS": 0.4},
     ]
     found = differences(rows, "AS", "treatment", "advdm", "clean")
-    assert found == {"a": pytest.approx([-0.3])}
+    assert found == {"a": pytest.approx([-0.2])}
 
 
 def test_holm_is_over_the_family():
