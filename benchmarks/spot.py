@@ -26,16 +26,17 @@ import tyro
 from rich.console import Console
 
 from benchmarks import harness
-from benchmarks.causal import judging, methods, networks, speed
+from benchmarks.causal import judging, methods, networks, peers, speed
 from benchmarks.causal.judging import Answer
 from benchmarks.causal.networks import Case
 from dmsec_jax import discovery
-from dmsec_jax.causal import rows, sem
+from dmsec_jax.causal import climb, rows, sem
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import sha256
+from dmsec_jax.methods import spot as search
 from dmsec_jax.pretrain import skeleton as training
 from dmsec_jax.report.result import Row
 
@@ -165,7 +166,8 @@ def _drawn(number: int, size: int, num_rows: int, prior: sem.Prior) -> Case:
 def _answers(cfg: Config, posterior: Posterior, part: str) -> Iterator[Answer]:
     """Of every data set, method and scale; kept as they come."""
     console = Console(stderr=True)
-    settings = json.dumps([cfg.rows, cfg.restarts, sha256(cfg.posterior)])
+    own = [config.to_dict(search.Config()), config.to_dict(climb.Config()), peers.ALPHA]
+    settings = json.dumps([cfg.rows, cfg.restarts, sha256(cfg.posterior), own])
     for case, number, draw in PARTS[part](cfg):
         console.print(f"{part} {case} {number}", markup=False, highlight=False)
         place = cfg.work / part / "-".join(str(value) for value in case.values()).replace(" ", "-")
