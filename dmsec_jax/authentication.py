@@ -214,7 +214,7 @@ def recover(
     image_batch("images", images)
     base, faithful = subject.base, name == "cgi-dm-faithful"
     z0 = latents(subject, images)
-    cfg, masks = _config(settings, z0, faithful), _masks(key, settings, z0)
+    cfg, masks = _config(settings, z0, faithful, base.schedule), _masks(key, settings, z0)
     pair_fn, params = _pair(subject)
     key_start, key_steps = jax.random.split(key)
     start = cgi_dm.initial(
@@ -269,7 +269,7 @@ def _advance(key, state, known, start, mask, params, cfg, **options):
     return spread.whole(cgi_dm.advance(key, state, known, start, mask, params, cfg, **options))
 
 
-def _config(settings: Settings, z0: Latent, faithful: bool) -> cgi_dm.Config:
+def _config(settings: Settings, z0: Latent, faithful: bool, schedule: ScheduleConfig) -> cgi_dm.Config:
     require_steps(settings.num_steps)
     share = float(np.sqrt(np.prod(z0.shape[1:]) / PUBLIC_ENTRIES))
     return cgi_dm.Config(
@@ -277,6 +277,7 @@ def _config(settings: Settings, z0: Latent, faithful: bool) -> cgi_dm.Config:
         alpha=settings.alpha * share,
         num_steps=settings.num_steps,
         num_draws=1 if faithful else settings.cgi_draws,
+        t_max=schedule.num_train_timesteps,
         noise="independent" if faithful else "common",
         domain="frequency" if settings.mask == "blur" else "space",
     )

@@ -227,7 +227,9 @@ def refined(orders, guide: spot.Guide, covariance, rows: int, required, model: S
 @jax.jit
 def _fitted(directed, bidirected, covariance, num_rows) -> spot.Graph:
     def one(edges):
-        return spot.Graph(*mag.refit(*edges, covariance, num_rows), projection.maximal_ancestral(*edges))
+        with jax.default_matmul_precision("highest"):
+            fit = mag.refit(*edges, covariance, num_rows)
+        return spot.Graph(*fit, projection.maximal_ancestral(*edges))
 
     return jax.lax.map(one, (directed, bidirected))
 

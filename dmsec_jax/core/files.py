@@ -173,7 +173,8 @@ def sha256(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        files = sorted(file.relative_to(path).as_posix() for file in found if file.is_file())
         return hashlib.sha256("".join(f"{sha256(path / file)}  {file}\n" for file in files).encode()).hexdigest()
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

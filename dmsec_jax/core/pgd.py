@@ -206,7 +206,8 @@ def step(
     scale = jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
     scale = expand(jnp.where(scale > 0, scale, 1.0), gradient)
     velocity = cfg.momentum * state.velocity + gradient / scale
-    step_size = cfg.step_size.to(cfg.unit) * (1 + (cfg.decay - 1) * state.i / max(cfg.num_steps - 1, 1))
+    share = jnp.minimum(state.i / max(cfg.num_steps - 1, 1), 1.0)  # whoever goes on stays at the last length
+    step_size = cfg.step_size.to(cfg.unit) * (1 + (cfg.decay - 1) * share)
     moved = state.delta + expand(jnp.asarray(step_size), velocity) * direction(velocity, cfg.norm)
     delta = in_box(x, project(moved, cfg.budget.to(cfg.unit), cfg.norm), cfg)
     return State(delta, velocity, state.i + 1), Info(size, finite), report

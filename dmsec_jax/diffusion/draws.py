@@ -19,6 +19,18 @@ Window = tuple[int, int]
 Draw = Callable[[Array, Array, int, tuple[int, ...], Window], tuple[Array, Array]]
 
 
+def window(low: int, high: int | None, total: int) -> Window:
+    """The range low <= t < high of a schedule of `total` steps; None: to its end.
+
+    Raises:
+        ValueError: if it is empty or leaves the schedule.
+    """
+    high = total if high is None else high
+    inside = 0 <= low < high <= total
+    require(inside, "t_min, t_max", f"a range within [0, {total}]", f"[{low}, {high})", "widen it")
+    return low, high
+
+
 def example_keys(key: Array, index: Int[Array, "B"]) -> Array:
     """One key per example: fold_in(key, global index)."""
     return jax.vmap(lambda j: jax.random.fold_in(key, j))(index)

@@ -1,5 +1,5 @@
 """Floor 3, fine-tuning on a few pictures.
 
-`adapters` and `lora` say what is trained, `examples` on what, `dreambooth` how; `driver` runs it with progress
-(`progress`) and checkpoints; `recipe` holds all choices of one run.
+`adapters`, `lora` and `oft` say what is trained, `examples` on what, `dreambooth` how; `driver` runs it with progress (`progress`) and
+checkpoints; `monitor` and `response` say where it stands.
 """

@@ -33,6 +33,7 @@ from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
 from dmsec_jax.core.means import mean_over
 from dmsec_jax.core.types import Context, EpsFn, Key, Latent, Params, PerExample
+from dmsec_jax.diffusion import draws
 from dmsec_jax.diffusion.draws import example_keys, standard_normal, uniform_draw
 from dmsec_jax.diffusion.loss import denoising_loss, min_snr_weights
 from dmsec_jax.diffusion.schedule import ScheduleConfig, alpha_bars
@@ -122,11 +123,7 @@ def window(cfg: Config, schedule: ScheduleConfig) -> tuple[int, int]:
     Raises:
         ValueError: if it is empty or leaves the schedule.
     """
-    total = schedule.num_train_timesteps
-    t_max = total if cfg.t_max is None else cfg.t_max
-    inside = 0 <= cfg.t_min < t_max <= total
-    require(inside, "t_min, t_max", f"a range within [0, {total}]", f"[{cfg.t_min}, {t_max})", "widen it")
-    return cfg.t_min, t_max
+    return draws.window(cfg.t_min, cfg.t_max, schedule.num_train_timesteps)
 
 
 def averaged(state: State) -> Params:
@@ -237,17 +234,18 @@ def gradients(
 ) -> tuple[Params, Info]:
     """Gradient of the loss (Eq. 2), a tree like `trainable`, averaged over `accumulation` microbatches, which changes nothing but memory.
 
+    Of a batch of class pictures alone (no instance) it is the gradient of theirs, at their t and noise, with `Info.instance_loss` theirs too.
+
     Raises:
         ValueError: on rows that cannot be split into equal microbatches, and on what `losses` refuses.
     """
     network = {"eps_fn": eps_fn, "schedule": schedule, "text_fn": text_fn}
-    sets = [batch.instance] + ([] if batch.prior is None else [batch.prior])
-    size = batch.instance.mean.shape[0]
-    sizes = [chosen.mean.shape[0] for chosen in sets]
+    sets = [(own, rows) for own, rows in zip(jax.random.split(key), batch, strict=True) if rows is not None]
+    sizes = [rows.mean.shape[0] for _, rows in sets]
+    size = sizes[0]
     contract = f"a multiple of accumulation={cfg.accumulation} rows, as many of each set"
     require(sizes == [size] * len(sets) and size % cfg.accumulation == 0, "batch", contract, sizes, "use draw")
-    key_sets = jax.random.split(key)[: len(sets)]
-    parts = [(example_keys(own, jnp.arange(size)), rows) for own, rows in zip(key_sets, sets, strict=True)]
+    parts = [(example_keys(own, jnp.arange(size)), rows) for own, rows in sets]
 
     def objective(trainable: Params, parts: list[tuple[Key, Examples]]) -> tuple[Float[Array, ""], Float[Array, "set"]]:
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)  # one pass for both sets

@@ -20,9 +20,10 @@ class Examples(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The pictures to learn, and those of their class that must not be forgotten (None: no prior preservation)."""
+    """The pictures to learn, and those of their class that must not be forgotten (None: no prior preservation); `dreambooth.gradients` takes
+    the latter alone, too."""
 
-    instance: Examples
+    instance: Examples | None
     prior: Examples | None = None
 
 

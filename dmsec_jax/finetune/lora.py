@@ -70,6 +70,7 @@ def lora(
     require(len(patterns) > 0, "targets", "at least one pattern", "none", f"for example {ATTENTION[0]!r}")
     require(init_style in styles, "init_style", f"one of {', '.join(styles)}", repr(init_style), "choose one of them")
     require(rank >= 1, "rank", "at least 1", rank, "choose for example 4")
+    require(alpha is None or 0 < alpha < math.inf, "alpha", "positive", alpha, "leave it out for a scale of 1")
     ratio = (rank if alpha is None else alpha) / rank
     draw = styles[init_style]
 

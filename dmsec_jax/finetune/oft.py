@@ -82,7 +82,10 @@ def oft(
             if scale is not None:
                 generator = scale * generator
             parts = kernel.reshape(*generator.shape[:2], kernel.shape[1])  # [blocks, side, out]
-            flat[kernel_path] = (rotation(generator, cayley) @ parts).reshape(kernel.shape)
+            turned = jnp.matmul(
+                rotation(generator, cayley), parts, precision="highest"
+            )  # else weights are rounded even unturned
+            flat[kernel_path] = turned.reshape(kernel.shape)
         return trees.unflatten(flat)
 
     return Adapter(init, merge)

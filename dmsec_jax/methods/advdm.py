@@ -101,7 +101,7 @@ class Info(NamedTuple):
     """At the draws of the step, before it: L_DM, or the squared distance to the target where the network is not asked."""
     gradient_norm: Float[Array, "... B"]
     finite: Bool[Array, "... B"]
-    """Whether the gradient was; where not, the example stayed where it was."""
+    """Whether the gradient was; where not, it counted as zero: without momentum the example stayed where it was."""
 
 
 class Seen(NamedTuple):
@@ -280,7 +280,7 @@ def _gradient_fn(
 
 def _seen(key, image, index, target, params, cfg, encode_fn, eps_fn, schedule, draw_fn) -> Seen:
     """Encodes once, draws (z, t, noise) `num_draws` times for each example; the network is asked for all at once."""
-    count, window = cfg.num_draws, (cfg.t_min, cfg.t_max)
+    count, window = cfg.num_draws, draws.window(cfg.t_min, cfg.t_max, schedule.num_train_timesteps)
     mean, logvar = (jnp.repeat(x, count, axis=0) for x in encode_fn(params, image))
     shape, alpha_bar = mean.shape[1:], alpha_bars(schedule)
 

@@ -53,7 +53,7 @@ SELECTIONS = {
     "linear": LINEAR,
     "linear+cross": (*LINEAR, r"/attn2/to_(q|k|v|out_0)/(kernel|bias)$"),
     "up": UP,
-    "up+time": (*UP, r"up_blocks_.*/time_emb_proj/(kernel|bias)$", r"^time_embedding/"),
+    "up+time": (*UP, r"up_blocks_.*/time_emb_proj/(kernel|bias)$", r"(^|/)time_embedding/"),
     "lora-up": (r"/up$",),
     "oft": (r"/generator$",),
 }
@@ -148,7 +148,9 @@ def check(cfg: Posterior) -> None:
     for name in ("sigma0", "sigma_min", "sigma_rate", "sigma_decay", "kl_weight"):
         require(0 <= getattr(cfg, name) < math.inf, name, "at least 0 and finite", getattr(cfg, name), "correct it")
     require(0 <= cfg.dropout < 1, "dropout", "in [0, 1)", cfg.dropout, "for example 0.1")
-    reached = cfg.parameterisation == "direct" or cfg.sigma0 > 0
+    direct = cfg.parameterisation == "direct"
+    require(direct or cfg.sigma_decay == 0, "sigma_decay", "0 with softplus", cfg.sigma_decay, "it would widen sigma")
+    reached = direct or cfg.sigma0 > 0
     require(reached, "sigma0", "positive with softplus", cfg.sigma0, "use the direct parameterisation for no noise")
 
 
@@ -274,7 +276,7 @@ def step(
             found, info = at(own, batch)
             return found, info.instance_loss, info.prior_loss
         found, info = at(own, Data(batch.instance))
-        other, prior_info = at(jax.random.fold_in(own, 1), Data(batch.prior))
+        other, prior_info = at(jax.random.fold_in(own, 1), Data(None, batch.prior))
         found = jax.tree.map(lambda a, b: a + cfg.prior_weight * b, found, other)
         return found, info.instance_loss, prior_info.instance_loss
 

@@ -276,7 +276,7 @@ def contrast(
 ) -> PerExample:
     """J of each latent [B, h, w, c]: mean over `cfg.num_draws` draws and over entries; images, draws and models in one call."""
     alpha_bar = alpha_bars(schedule)
-    window, count = (cfg.t_min, cfg.t_max), cfg.num_draws
+    window, count = draws.window(cfg.t_min, cfg.t_max, schedule.num_train_timesteps), cfg.num_draws
     shape = latent.shape[1:]
 
     def drawn(own, k):  # (t, the base's noise, the tuned model's)

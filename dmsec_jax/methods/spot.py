@@ -39,6 +39,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from dmsec_jax.causal import guide, mag, penalties, projection
+from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import AnyArray, Key
 
@@ -198,6 +199,8 @@ def step(
         at = mag.pseudo(*_edges(carry[1], masks), covariance)
         return jax.lax.scan(partial(inner, at=at), carry, b * cfg.refresh + jnp.arange(cfg.refresh))
 
+    whole = cfg.inner_steps >= cfg.refresh > 0 and cfg.inner_steps % cfg.refresh == 0
+    require(whole, "inner_steps", f"a multiple of refresh={cfg.refresh}", cfg.inner_steps, "round it")
     theta = (state.directed, jnp.tril(state.bidirected, -1))
     carry = (theta, theta, optimiser.init(theta), jnp.float32(1))
     (theta, last, _, _), _ = jax.lax.scan(block, carry, jnp.arange(cfg.inner_steps // cfg.refresh))
@@ -261,7 +264,8 @@ def finish(
         directed = jnp.where(required, jnp.inf, directed)
     directed = _without(directed, lambda left: penalties.on_cycles(left, bidirected))
     bidirected = _without(bidirected, lambda left: offending_fn(directed, left))
-    fit = mag.refit(directed, bidirected, covariance, num_rows)
+    with jax.default_matmul_precision("highest"):  # n times a trace: elsewhere rounding outweighs the price of an edge
+        fit = mag.refit(directed, bidirected, covariance, num_rows)
     return Graph(*fit, projection.maximal_ancestral(directed, bidirected))
 
 

@@ -129,8 +129,11 @@ def _search(rows: list[int], budget: int) -> tuple[list[int], bool, int]:
         if len(current) > len(best):
             best = current.copy()
         inner = candidates & rows[v]
+        branches, bounds = _colour(inner, rows, len(best) - len(current))
         if nodes >= budget and not (inner and len(current) == len(best)):  # never while the best clique can still grow
-            pruned = all(depth + left[-1] <= len(best) for depth, (_, _, left) in enumerate(stack) if left)
+            pruned = not branches and all(
+                depth + left[-1] <= len(best) for depth, (*_, left) in enumerate(stack) if left
+            )
             return best, pruned, nodes
-        stack.append((inner, *_colour(inner, rows, len(best) - len(current))))
+        stack.append((inner, branches, bounds))
     return best, True, nodes

@@ -166,7 +166,7 @@ def sweep_down(
     """
     top = _grid_floor(float(np.max(similarity, initial=0.0)))
     best = Partition(groups=(), threshold=top, exact=True, nodes=0)
-    for threshold in reversed(_grid(min(floor, top), top)):
+    for threshold in reversed(_grid(floor, top)) if top >= floor else ():
         found = partition_fn(similarity, threshold)
         found = found._replace(groups=tuple(group for group in found.groups if len(group) >= min_size))
         if len(found.groups) > len(best.groups):

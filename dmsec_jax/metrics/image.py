@@ -64,7 +64,8 @@ def ms_ssim(a: Images, b: Images, weights: tuple[float, ...] = SCALE_WEIGHTS) ->
         luminance, structure = _ssim_maps(a, b)
         last = scale == len(weights) - 1
         term = jnp.mean(luminance * structure if last else structure, axis=(1, 2))  # [B, C]
-        product = product * jnp.maximum(term, 0.0) ** weight
+        positive = jnp.where(term > 0, term, 1.0)  # the slope of 0 ** weight is infinite
+        product = product * jnp.where(term > 0, positive**weight, 0.0)
         a, b = _halve(a), _halve(b)
     return jnp.mean(product, axis=-1)
 
@@ -80,8 +81,8 @@ def _ssim_maps(a, b):
 
 def _window_mean(x):
     """Gaussian mean at every window inside the picture; one banded matrix per axis, which is fast on every device."""
-    rows = jnp.einsum("ih,bhwc->biwc", _band(x.shape[1]), x)
-    return jnp.einsum("jw,biwc->bijc", _band(x.shape[2]), rows)
+    rows = jnp.einsum("ih,bhwc->biwc", _band(x.shape[1]), x, precision="highest")  # variances are differences of means
+    return jnp.einsum("jw,biwc->bijc", _band(x.shape[2]), rows, precision="highest")
 
 
 def _band(length: int) -> np.ndarray:

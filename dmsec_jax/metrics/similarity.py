@@ -105,7 +105,7 @@ def embed(
 
 
 def centred(features: Float[AnyArray, "N D"], mean: Float[AnyArray, "D"]) -> np.ndarray:
-    """Features minus a style's mean, scaled back to unit length [N, D]; a feature equal to the mean has no direction and stays zero-free.
+    """Features minus a style's mean, scaled back to unit length [N, D]; a feature equal to the mean has no direction.
 
     Raises:
         ValueError: if a feature equals the mean, as with a single picture centred on itself.
