@@ -16,6 +16,7 @@ from dmsec_jax import authentication, pipeline
 from dmsec_jax.authentication import METHODS, RECOVERING, Settings, Unfinished
 from dmsec_jax.checkpoints.unfinished import Store
 from dmsec_jax.commands.extract import both, same_model
+from dmsec_jax.commands.places import require_apart, require_free
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
@@ -61,6 +62,8 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     check(cfg.methods, cfg.settings)
     require(0 <= cfg.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", cfg.seed, "choose another")
+    require_free(cfg.out, "pictures")
+    require_apart([cfg.out / "pictures"], images=cfg.images, non_members=cfg.non_members)
     base, tuned = both(cfg.base, cfg.model, cfg.reading, cfg.images, cfg.adapter_strength, cfg.embeddings)
     pictures = images.read_folder(cfg.images, base.pixels)
     non_members = images.read_folder(cfg.non_members, base.pixels) if cfg.non_members else None

@@ -14,6 +14,7 @@ from dmsec_jax import pipeline, tuning
 from dmsec_jax.audit import Subject
 from dmsec_jax.commands import authenticate, extract, protect, stages
 from dmsec_jax.commands.extract import Settings
+from dmsec_jax.commands.places import require_apart
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
@@ -76,6 +77,8 @@ def run(cfg: Config) -> int:
     extract.check(cfg.settings)
     authenticate.check(authenticate.DEFAULT, cfg.membership)
     chosen = tuning.read(cfg.recipe, cfg.set)
+    written = [cfg.out / name / "pictures" for name in ("", "authentication", "protection")]
+    require_apart(written, images=cfg.images, holdout=cfg.holdout)
     base = pipeline.load(cfg.model)
     tuning.check(chosen, base.params["unet"], base.schedule)
     pictures, holdout = _pictures(cfg, base.pixels)

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from dmsec_jax import audit, pipeline
 from dmsec_jax.audit import Subject
 from dmsec_jax.checkpoints.unfinished import Store
+from dmsec_jax.commands.places import require_apart, require_free
 from dmsec_jax.core import config, spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import remove
@@ -106,6 +107,8 @@ def run(cfg: Config) -> int:
     check(cfg.settings, number_known=cfg.number != 0)
     natural = cfg.number is None or cfg.number >= 0
     require(natural, "number", "0 (unknown) or more", cfg.number, "leave it out to count the pictures in images")
+    require_free(cfg.out, "pictures")
+    require_apart([cfg.out / "pictures"], images=cfg.images, holdout=cfg.holdout)
     base, tuned = both(cfg.base, cfg.model, cfg.reading, cfg.images, cfg.adapter_strength, cfg.embeddings)
     pictures = images.read_folder(cfg.images, base.pixels)
     holdout = images.read_folder(cfg.holdout, base.pixels) if cfg.holdout else None

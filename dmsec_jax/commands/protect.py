@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dmsec_jax import imitation, pipeline, protection, robustness, surrogates, tuning
+from dmsec_jax.commands.places import require_apart, require_free
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.files import read_json, sha256, write_json
@@ -31,6 +32,8 @@ from dmsec_jax.report.protection import Protected, Protection
 STRENGTHS = {"slight": 4.0, "medium": 8.0, "strong": 16.0}
 """Levels of 0..255; medium is the paper's."""
 PROGRESS = "progress.json"
+PICTURES, IMITATION = "pictures", "imitation"
+"""Folders in `out`."""
 JUDGING = (
     "out",
     "images",
@@ -106,6 +109,8 @@ def run(cfg: Config) -> int:
     console = Console()
     check(cfg)
     files = _files(cfg.images)
+    for path in files:  # a link may lead to where its protected picture goes
+        require_apart([cfg.out / PICTURES], images=path)
     sizes = {path: shape_of(path, cfg.mask) for path in files}
     model = pipeline.with_words(pipeline.load(cfg.model, **vars(cfg.reading)), cfg.embeddings)
     protected = protect(cfg, sizes, model, console)
@@ -126,6 +131,9 @@ def check(cfg: Config) -> None:
         for name in getattr(cfg, option):
             require(name in robustness.PURIFIERS, option, f"of {known}", repr(name), "choose some of them")
     _recipe(cfg)
+    require_free(cfg.out, PICTURES, IMITATION)
+    given = {"images": cfg.images, "mask": cfg.mask, "target": cfg.target, "holdouts": cfg.holdouts}
+    require_apart([cfg.out / PICTURES, cfg.out / IMITATION], **given)
 
 
 def protect(
@@ -224,7 +232,7 @@ def _origin(cfg: Config, base: pipeline.Pipeline) -> str:
 def output_of(out: Path, path: Path, original: Original) -> Path:
     """Where the protected picture goes: its name, with the suffix of a lossless format."""
     short = original.format == "TIFF" and path.suffix.lower() == ".tif"
-    return out / "pictures" / f"{path.stem}{path.suffix if short else original.suffix}"
+    return out / PICTURES / f"{path.stem}{path.suffix if short else original.suffix}"
 
 
 def _fine_tuned(cfg: Config, files, base, model: protection.Model, console: Console) -> protection.Model:
@@ -244,7 +252,7 @@ def _protect_all(cfg, files, sizes, base, model, settings: Settings, console: Co
     place, origin = cfg.out / PROGRESS, _origin(cfg, base)
     done = read_json(place) if place.exists() else {}
     done = done.get("pictures", {}) if done.get("origin") == origin else {}
-    made = lambda path: done.get(path.name) == sha256(path) and list((cfg.out / "pictures").glob(f"{path.stem}.*"))
+    made = lambda path: done.get(path.name) == sha256(path) and list((cfg.out / PICTURES).glob(f"{path.stem}.*"))
     left = [path for path in files if not made(path)]
     if len(left) < len(files):
         console.print(f"{len(files) - len(left)} of {len(files)} pictures are there already.", markup=False)
@@ -355,7 +363,7 @@ def _imitated(
         artist, likened = np.stack([robustness.view(one, base.pixels) for one in shown]), "other pictures by the artist"
     with console.status("fine-tuning imitators"):
         found = imitation.compare(
-            cfg.seed, base, kinds, artist, cfg.prompt, _recipe(cfg), SAMPLES, folder=cfg.out / "imitation"
+            cfg.seed, base, kinds, artist, cfg.prompt, _recipe(cfg), SAMPLES, folder=cfg.out / IMITATION
         )
     return {name: report.Imitation(*one) for name, one in found.items()}, likened
 
