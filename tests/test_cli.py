@@ -247,6 +247,7 @@ def test_hold_outs_that_were_trained_on_do_not_count(tiny_folder, pictures, tmp_
         for note in found["notes"]
     )
     assert len(found["details"]["methods"]["plain"]["holdouts"]) == 1
+    assert [name for name in found["inputs"] if name.startswith("hold-out")] == ["hold-out new.png"]
     common = ["--images", str(pictures), "--prompt", "a red dog", "--base", str(tiny_folder)]
     assert cli.main(["extract", *common, "--model", str(tiny_folder), *SMALL, *plain, str(pictures)]) == 1
     assert "hold-outs must be other pictures than those in question" in capsys.readouterr().err

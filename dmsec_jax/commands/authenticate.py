@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -79,7 +79,8 @@ def run(cfg: Config) -> int:
         tuned_label=str(cfg.model),
         seconds={"loading": time.monotonic() - began},
         config=config.to_dict(cfg),
-        inputs={"base": base.sha256, "model": tuned.sha256},
+        inputs=base.inputs("base") | tuned.inputs("model"),
+        origin=[base.origin, tuned.origin],
         notes=same_model(base, tuned),
     )
     report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown", "n0": len(pictures)})
@@ -122,6 +123,7 @@ def authenticate(
     seconds: dict[str, float],
     config: dict,
     inputs: dict[str, str],
+    origin: Sequence[Mapping[str, str]] = (),
     notes: Sequence[str] = (),
 ) -> Authentication:
     """Asks all tests about the pictures and the non-members, and gathers what the report shows.
@@ -129,18 +131,15 @@ def authenticate(
     Args:
         folder: where CGI-DM, which takes longest, keeps its state until it is finished; the same call goes on from there.
         seconds, config, inputs: of the whole command so far.
+        origin: of the two models, see `Pipeline.origin`.
         notes: sentences on what deserves attention, known so far.
     """
     non_members, overlap = images.unseen(pictures, non_members, "non-members")
     sets = {"picture": pictures} | ({} if non_members is None else {"non-member": non_members})
-    inputs = inputs | {
-        f"{kind} {name}": digest
-        for kind, part in sets.items()
-        for name, digest in zip(part.names, part.sha256, strict=True)
-    }
+    inputs = inputs | {name: digest for kind, part in sets.items() for name, digest in part.inputs(kind).items()}
     everything, count = np.concatenate([part.images for part in sets.values()]), len(pictures)
-    origin = [subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items())]
-    scores, recoveries, timed = _ask(subject, everything, methods, settings, seed, console, folder, origin)
+    decisive = [subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items()), *origin]
+    scores, recoveries, timed = _ask(subject, everything, methods, settings, seed, console, folder, decisive)
     outcomes = {
         name: Outcome(
             name=name,

@@ -17,6 +17,7 @@ from dmsec_jax.commands.extract import Settings
 from dmsec_jax.commands.places import require_apart
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import sha256
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.finetune.progress import progress_bar
@@ -102,7 +103,7 @@ def run(cfg: Config) -> int:
         tuned_label=f"{base.folder.name}, fine-tuned on {len(pictures)} pictures for {chosen.tune.num_steps} steps",
         seconds={**seconds, "fine-tuning": tuned.seconds},
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
-        inputs={"base": base.sha256},
+        inputs={**base.inputs("base"), "model": sha256(cfg.out / "model")},
         course=course,
     )
     name = PICTURES.name if cfg.images is None else cfg.images.name
@@ -185,7 +186,7 @@ def _authenticate(cfg: Config, subject, pictures, holdout, extracted, case, cons
         tuned_label=extracted.tuned,
         seconds={},
         config=extracted.config,
-        inputs={"base": subject.base.sha256},
+        inputs={name: extracted.inputs[name] for name in ("base", "model")},
     )
     authentication_report.write(folder, found, {**case, "n0": len(pictures)})
     return verdict(found).headline

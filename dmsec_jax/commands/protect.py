@@ -155,7 +155,7 @@ def protect(
     began = time.monotonic()
     found = _judged(cfg, files, base, model, settings, console)
     seconds["judgement"] = time.monotonic() - began
-    inputs = {"model": base.sha256, **{f"picture {path.name}": sha256(path) for path in files}}
+    inputs = {**base.inputs("model"), **{f"picture {path.name}": sha256(path) for path in files}}
     account = {"command": page.command_line(sys.argv[1:]), "config": config.to_dict(cfg), "seeds": {"seed": cfg.seed}}
     notes = (*pipeline.misfits("attacked", base), *found.notes)
     return dataclasses.replace(found, **account, seconds=seconds, inputs=inputs, notes=notes)
@@ -226,7 +226,7 @@ def _origin(cfg: Config, base: pipeline.Pipeline) -> str:
     """Digest of all that decides the pixels besides the picture itself."""
     chosen = {name: value for name, value in config.to_dict(cfg).items() if name not in JUDGING}
     parts = {name: path and sha256(path) for name, path in (("mask", cfg.mask), ("target", cfg.target))}
-    return hashlib.sha256(json.dumps([chosen, base.sha256, parts], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([chosen, base.origin, parts], sort_keys=True).encode()).hexdigest()
 
 
 def output_of(out: Path, path: Path, original: Original) -> Path:

@@ -41,6 +41,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def inputs(self, kind: str) -> dict[str, str]:
+        """Digests by name, for `result.json`; `kind` is what each picture is to the run."""
+        return {f"{kind} {name}": digest for name, digest in zip(self.names, self.sha256, strict=True)}
+
 
 def read_folder(folder: str | Path, size: int, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
     """Reads every picture directly in `folder`: decoded to RGB, cut to the central square, resized with antialiasing.
