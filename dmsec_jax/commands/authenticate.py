@@ -83,7 +83,7 @@ def run(cfg: Config) -> int:
         origin=[base.origin, tuned.origin],
         notes=same_model(base, tuned),
     )
-    report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown", "n0": len(pictures)})
+    report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown", "n0": len(found.names)})
     console.print(report.summary(found), markup=False, highlight=False)
     console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
     return 0
@@ -126,7 +126,7 @@ def authenticate(
     origin: Sequence[Mapping[str, str]] = (),
     notes: Sequence[str] = (),
 ) -> Authentication:
-    """Asks all tests about the pictures and the non-members, and gathers what the report shows.
+    """Asks all tests about the pictures and the non-members, each file once, and gathers what the report shows.
 
     Args:
         folder: where CGI-DM, which takes longest, keeps its state until it is finished; the same call goes on from there.
@@ -134,8 +134,12 @@ def authenticate(
         origin: of the two models, see `Pipeline.origin`.
         notes: sentences on what deserves attention, known so far.
     """
+    pictures, left_out = images.distinct(pictures, "pictures")
     non_members, overlap = images.unseen(pictures, non_members, "non-members")
-    sets = {"picture": pictures} | ({} if non_members is None else {"non-member": non_members})
+    sets, left_out = {"picture": pictures}, left_out + overlap
+    if non_members is not None:
+        non_members, copies = images.distinct(non_members, "non-members")
+        sets, left_out = sets | {"non-member": non_members}, left_out + copies
     inputs = inputs | {name: digest for kind, part in sets.items() for name, digest in part.inputs(kind).items()}
     everything, count = np.concatenate([part.images for part in sets.values()]), len(pictures)
     decisive = [subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items()), *origin]
@@ -161,7 +165,7 @@ def authenticate(
         tests=tuple(outcomes[name] for name in methods),
         control=outcomes["base-loss"],
         seed=seed,
-        notes=(*notes, *(note for part in sets.values() for note in part.notes), *overlap, *_remarks(recoveries)),
+        notes=(*notes, *(note for part in sets.values() for note in part.notes), *left_out, *_remarks(recoveries)),
         command=page.command_line(sys.argv[1:]),
         config=config,
         seeds={"seed": seed},

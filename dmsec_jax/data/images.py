@@ -110,6 +110,18 @@ def split(pictures: ImageSet, count: int) -> tuple[ImageSet, ImageSet | None]:
     return reorder(pictures, range(min(count, len(pictures)))), reorder(pictures, rest) if rest else None
 
 
+def distinct(pictures: ImageSet, what: str) -> tuple[ImageSet, tuple[str, ...]]:
+    """The pictures without further copies of a file, each of which would count as evidence of its own, and a note on those.
+
+    Args:
+        what: the name of the set, in the plural, for the note.
+    """
+    first = [i for i, digest in enumerate(pictures.sha256) if digest not in pictures.sha256[:i]]
+    copies = [name for i, name in enumerate(pictures.names) if i not in first]
+    note = f"{len(copies)} {what} are copies of others and were left out: {', '.join(copies)}"
+    return (reorder(pictures, first), (note,)) if copies else (pictures, ())
+
+
 def unseen(pictures: ImageSet, others: ImageSet | None, what: str) -> tuple[ImageSet | None, tuple[str, ...]]:
     """Those of `others` that are not among `pictures`, told by their files, and a note on the rest.
 
