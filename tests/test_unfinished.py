@@ -53,9 +53,8 @@ def test_the_origin_of_a_model_names_what_it_predicts_and_its_learnt_words(tiny_
         origins.append(words.origin)
         assert words.inputs("base")["base words 1, style.safetensors"] == sha256(file)
     assert origins[0] != origins[1]
-    assert protect._origin(protect.Config(images=tmp_path), words) != protect._origin(
-        protect.Config(images=tmp_path), tiny_pipeline
-    )
+    cfg = protect.Config(images=tmp_path)
+    assert protect._origin(cfg, words, []) != protect._origin(cfg, tiny_pipeline, [])
 
 
 def test_imitators_of_a_model_read_otherwise_are_trained_anew(tiny_pipeline, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dmsec_jax import pipeline, tuning
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import authenticate, extract, protect, stages
+from dmsec_jax.commands import authenticate, extract, masks, protect, stages
 from dmsec_jax.commands.extract import Settings
 from dmsec_jax.commands.places import require_apart
 from dmsec_jax.core import config
@@ -206,7 +206,7 @@ def _protect(cfg: Config, base: pipeline.Pipeline, prompt: str, pictures: ImageS
     sizes = {}
     for path in {Path(name).stem: chosen.images / name for name in pictures.names}.values():
         with contextlib.suppress(ValueError):  # an animation can be trained on but not protected
-            sizes[path] = protect.shape_of(path)
+            sizes[path] = masks.shape_of(path)
     sizes = dict(itertools.islice(sizes.items(), cfg.protected))
     require(bool(sizes), str(chosen.images), "a folder of pictures to protect", "none", "set protected to 0")
     found = protect.protect(chosen, sizes, base, console)
