@@ -35,6 +35,21 @@ def test_help_and_unknown_verb(capsys):
     assert "no verb 'steal'" in capsys.readouterr().err
 
 
+def test_ctrl_c_and_missing_packages_during_the_imports_are_no_tracebacks(monkeypatch, capsys):
+    def importing(error):
+        def load(name):
+            raise error
+
+        return load
+
+    monkeypatch.setattr(cli.atexit, "register", lambda leave: None)
+    monkeypatch.setattr(cli.importlib, "import_module", importing(KeyboardInterrupt()))
+    assert cli.main(["info"]) == 130
+    monkeypatch.setattr(cli.importlib, "import_module", importing(ImportError("needs pyarrow")))
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "dmsec: needs pyarrow\n"
+
+
 def test_bad_input_is_one_line_and_status_one(tiny_folder, tmp_path, capsys):
     status = cli.main(["finetune", "--model", str(tiny_folder), "--images", str(tmp_path), "--prompt", "a red dog"])
     assert status == 1
