@@ -80,7 +80,7 @@ class Config:
 
 
 NOTES = [
-    "intervals over seeds (Student t); differences are posterior minus plain, paired by seed; one seed gives no interval",
+    "intervals over seeds (Student t), whose pictures can overlap; differences are posterior minus plain, paired by seed; one seed gives no interval",
     "features are oriented gradients of 64-pixel pictures, not CLIP or DINO; quality is a noise level, not CLIP-IQA",
     "dip: the pair of steps with the largest fall is found on half of the samples and the fall measured on the other half, both ways round, so that "
     "it is 0 in the mean where nothing falls",

@@ -61,7 +61,7 @@ def _recipe(study: Study) -> str:
     return changed.replace("tune.learning_rate=", "rate ").replace("bayes.sigma0=", "sigma ")
 
 
-def plot(studies: list[Study], name: str) -> str:
+def plot(studies: list[Study], file: str) -> str:
     """One row per figure, one column per study."""
     figure = Figure(figsize=(2.6 * len(studies), 1.9 * len(CURVES)), layout="constrained")
     axes = figure.subplots(len(CURVES), len(studies), squeeze=False, sharey="row")
@@ -85,7 +85,7 @@ def plot(studies: list[Study], name: str) -> str:
                 panel.set_ylabel(title, fontsize=8)
             if row == len(CURVES) - 1:
                 panel.set_xlabel("fine-tuning steps (batch 4)", fontsize=8)
-    return common.save(figure, FOLDER / f"{name}.svg")
+    return common.save(figure, FOLDER / f"{file}.svg")
 
 
 def table(studies: list[Study]) -> str:

@@ -1,7 +1,12 @@
 """The matrix: what each defence leaves of each attack, and which comparisons may be called one."""
 
+import json
+
 from benchmarks.figures import common
 from benchmarks.figures.common import number
+from benchmarks.harness import RESULTS
+
+FOLDER = RESULTS / "matrix"
 
 ATTACKS = {
     ("AS", "finextract"): "FineXtract, AS",
@@ -16,11 +21,22 @@ ATTACKS = {
 
 def main() -> None:
     """Puts the tables into the README."""
-    rows = common.newest("matrix")
-    parts = [defences(rows), comparisons(rows)]
-    if any(row["metric"] == "effect" for row in rows):
-        parts.append(causes(rows))
-    common.into_readme("matrix", "\n\n".join(parts) if rows else "Not measured yet.")
+    rows, knobs = newest("full") or newest("small"), newest("knobs")
+    parts = [defences(rows), comparisons(rows)] if rows else []
+    if knobs:
+        parts.append(causes(knobs))
+    common.into_readme("matrix", "\n\n".join(parts) if parts else "Not measured yet.")
+
+
+def newest(preset: str) -> list[dict]:
+    """Rows of the last complete run of a preset alone: comparisons are corrected over their own run, so runs do not mix."""
+    for path in sorted(FOLDER.glob("*/*.json"), key=lambda path: path.name, reverse=True):
+        content = json.loads(path.read_text())
+        if content["config"]["preset"] == preset and not any(
+            note.startswith("incomplete") for note in content["notes"]
+        ):
+            return content["rows"]
+    return []
 
 
 def defences(rows: list[dict]) -> str:

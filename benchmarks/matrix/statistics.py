@@ -52,7 +52,7 @@ FIXED = ("steps", "tuner", "objective", "treatment")
 """Two models are paired if the block and all of these agree but the choice itself."""
 LEVEL = 0.05
 NOTES = (
-    "intervals: 95 %, Student over seeds within sets; p-values of comparisons are corrected by Holm over the family",
+    "intervals: 95 %, Student over seeds within sets, whose pictures can overlap; p-values of comparisons are corrected by Holm over the family",
     "AS and membership are of the original pictures, whatever was trained on; AS after average linkage",
     "feature networks: oriented gradients for AS and fidelity, the project's AlexNet for imitation, Frechet distance and LPIPS",
 )
