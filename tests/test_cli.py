@@ -7,6 +7,7 @@ import pytest
 
 from dmsec_jax import cli, tuning
 from dmsec_jax.commands import demo
+from dmsec_jax.core.files import sha256
 from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
@@ -117,6 +118,9 @@ def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory
     assert {row["n"] for row in holdouts if row["value"] is not None} == {2}
     assert all(row["case"]["n0"] == 4 for row in result["rows"])
     assert (tmp_path / "model" / "model_index.json").is_file()
+    model = sha256(tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "authentication"):
+        assert json.loads((folder / "result.json").read_text())["inputs"]["model"] == model
     assert any("protection/report.html" in note for note in result["notes"])
     protection = json.loads((tmp_path / "protection" / "result.json").read_text())
     rises = [row for row in protection["rows"] if row["metric"] == "loss_rise"]

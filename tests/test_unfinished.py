@@ -1,6 +1,7 @@
 """What unfinished work is bound to: the model as it was read, not only its file."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from dmsec_jax import imitation, loading, pipeline, tuning
 from dmsec_jax.checkpoints import adapter_export
 from dmsec_jax.checkpoints.io import write_tensors
-from dmsec_jax.commands import authenticate, extract, finetune, protect
+from dmsec_jax.commands import authenticate, demo, extract, finetune, protect
 from dmsec_jax.core.files import sha256
 
 
@@ -108,6 +109,21 @@ def test_verbs_bind_their_unfinished_work_to_both_models_as_they_were_read(
     assert called(adapter_strength=0.5)[1] != origin
     assert called(embeddings=(tmp_path / "style.safetensors",))[1] != origin
     assert called(reading=pipeline.Reading(weights="model_ema"))[1] != origin
+
+
+def test_the_demo_binds_the_recovery_of_pictures_to_the_model_that_it_trained(tiny_pipeline, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def seen(*args, inputs, **options):
+        raise Stop(inputs)
+
+    monkeypatch.setattr(authenticate, "authenticate", seen)
+    extracted = SimpleNamespace(tuned="tuned", config={}, inputs={"base": "1", "model": "2", "picture a.png": "3"})
+    subject = pipeline.Subject(tiny_pipeline, tiny_pipeline.params, "a")
+    with pytest.raises(Stop) as stopped:
+        demo._authenticate(demo.Config(out=tmp_path), subject, None, None, extracted, {}, None)
+    assert stopped.value.args[0] == {"base": "1", "model": "2"}
 
 
 def test_checkpoints_are_bound_to_the_reading(tiny_folder, tiny_pipeline, pictures):
