@@ -287,7 +287,7 @@ def _done(out: Path, origin: str, files: Sequence[Path]) -> dict[str, str]:
     if earlier.get("origin") != origin or not folder.is_dir():
         return {}
     there = {path.stem for path in folder.iterdir()}
-    made = {path.name: digest for path in files if path.stem in there and (digest := sha256(path))}
+    made = {path.name: sha256(path) for path in files if path.stem in there}
     return {name: digest for name, digest in earlier.get("pictures", {}).items() if made.get(name) == digest}
 
 
