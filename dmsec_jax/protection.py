@@ -93,8 +93,6 @@ class Settings:
             self.method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(self.method), "choose one of them"
         )
         levels = self.budget.to("8bit")
-        if self.norm == "linf":  # a smaller one allows no change of a sample; 1 may arrive as 0.9999999
-            require(1 - 1e-6 <= levels <= 255, "budget", "from 1 to 255 levels", levels, "take for example 8")
         require(0 < levels <= 255, "budget", "more than 0 and at most 255 levels", levels, "take for example 8")
         counts = {"num_draws": self.num_draws, "batch_size": self.batch_size, "num_steps": self.steps}
         for name, count in counts.items():

@@ -73,7 +73,7 @@ def test_a_folder_that_holds_the_output_may_be_read(tmp_path):
     (["--holdouts", "."], "holdouts must be left out where nobody imitates"),
     (["--imitated-after", "jpeg"], "imitated_after must be left out where nobody imitates"),
     (["--imitation-recipe", "a.yaml"], "imitation_recipe must be left out where nobody imitates"),
-    (["--budget", "0.9"], "budget must be from 1 to 255 levels, got 0.9"),
+    (["--budget", "0.9"], "budget must be at least 1 level of the largest change, got 0.9"),
     (["--budget", "0", "--norm", "l2"], "budget must be more than 0"),
     (["--imitation-steps", "25", "--imitation-recipe", "zero.yaml"], "chunk_steps must be at least 1, got 0"),
     (["--imitation-steps", "25", "--holdouts", "bad"], "text.png' is no picture"),

@@ -126,6 +126,8 @@ def run(cfg: Config) -> int:
 def check(cfg: Config) -> None:
     """Raises ValueError on options that name nothing or are out of range, before anything is read."""
     settings_of(cfg)
+    changes = cfg.norm == "l2" or cfg.budget is None or cfg.budget >= 1
+    require(changes, "budget", "at least 1 level of the largest change", cfg.budget, "less is rounded away")
     attacks = cfg.surrogate == "none" or cfg.method != "noise"
     require(attacks, "surrogate", "none with the control", cfg.surrogate, "choose a method that attacks")
     require(cfg.surrogate_steps >= 1, "surrogate_steps", "at least 1", cfg.surrogate_steps, "raise it")
