@@ -30,6 +30,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"usage: dmsec VERB [options]\n\n{lines}\n\ndmsec VERB --help lists the options of a verb.")
         return 0 if asked_for_help else _refuse(f"no verb {argv[0]!r}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's notes on slow compilation are no news to a user
+    try:
+        return _run(argv)
+    except (ValueError, OSError, OverflowError, ImportError) as error:  # the last where an optional package lacks
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        atexit.register(_leave)  # runs before what was registered earlier: JAX would wait for the work on the device
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    """Parses the options of a verb and does its work."""
     import tyro
 
     command = importlib.import_module(f"dmsec_jax.commands.{argv[0]}")
@@ -42,14 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         where = launch.on(devices)
     else:
         cfg = tyro.cli(command.Config, **options)
-    try:
-        with where:
-            return command.run(cfg)
-    except (ValueError, OSError, OverflowError) as error:
-        return _refuse(str(error))
-    except KeyboardInterrupt:
-        atexit.register(_leave)  # runs before what was registered earlier: JAX would wait for the work on the device
-        return 130
+    with where:
+        return command.run(cfg)
 
 
 def _leave() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,8 @@ class Pipeline:
         tokenizer_folder: with the tokenizer's files.
         tokenizer_2, tokenizer_2_folder: of the second text encoder, where there is one.
         left_out: every way in which the files do not fit, if they were read nevertheless.
+        reading: the options that it was read with: name -> value, those that were left open not named.
+        files: what it was made from beside `folder`: name -> SHA-256 (learnt words, PEFT's adapter_config.json, the tokenizer of a single file).
     """
 
     configs: presets.Preset
@@ -106,6 +108,18 @@ class Pipeline:
     tokenizer_2: Tokenizer | None = None
     tokenizer_2_folder: Path | None = None
     left_out: tuple[str, ...] = ()
+    reading: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """All that decides what it computes, for unfinished work to be bound to: one file can be read in several ways."""
+        found = {"predicts": self.schedule.prediction_type, "dtype": self.configs.unet.dtype}
+        return {"sha256": self.sha256, **found, **self.reading, **self.files}
+
+    def inputs(self, name: str) -> dict[str, str]:
+        """SHA-256 of everything that it was made from, for `result.json`; `name` is what it is to the run."""
+        return {name: self.sha256, **{f"{name} {file}": digest for file, digest in self.files.items()}}
 
     @property
     def pixels(self) -> int:

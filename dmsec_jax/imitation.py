@@ -1,7 +1,6 @@
 """Floor 6, imitation: what a model draws after a fine-tuning on pictures that were protected, noised, purified or left alone."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from dmsec_jax import pipeline, tuning
+from dmsec_jax.checkpoints.unfinished import Store
 from dmsec_jax.core import config
-from dmsec_jax.core.files import atomic_file
 from dmsec_jax.core.types import AnyArray
 from dmsec_jax.metrics import similarity
 from dmsec_jax.models import features
@@ -66,18 +65,14 @@ def compare(
     """
 
     def drawn(name: str, views: np.ndarray | None) -> np.ndarray:
-        decisive = [base.sha256, prompt, seed, count, config.to_dict(recipe)]
-        own = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-        own.update(b"" if views is None else np.ascontiguousarray(views).tobytes())
-        path = folder / f"{name.replace(', then ', '-')}.npz"
-        if path.is_file():
-            with np.load(path) as stored:
-                if str(stored["own"]) == own.hexdigest():
-                    return stored["images"]
+        pixels = None if views is None else hashlib.sha256(np.ascontiguousarray(views).tobytes()).hexdigest()
+        decisive = [base.origin, prompt, seed, count, config.to_dict(recipe), pixels]
+        store = Store(folder / f"{name.replace(', then ', '-')}.npz", decisive)
+        stored = store.read()
+        if stored is not None:
+            return stored["images"]
         images = imitate(jax.random.key(seed), base, views, prompt, recipe, count)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            np.savez(file, own=own.hexdigest(), images=images)
+        store.write(images=images)
         return images
 
     untuned, goal = embed(drawn("untuned", None)), embed(artist)

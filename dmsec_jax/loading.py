@@ -12,6 +12,7 @@ import numpy as np
 
 from dmsec_jax import parallel
 from dmsec_jax.checkpoints import adapters, diffusers, embeddings, hub, single_file
+from dmsec_jax.checkpoints.adapter_scales import config_beside
 from dmsec_jax.checkpoints.mapping import Partial
 from dmsec_jax.core import trees
 from dmsec_jax.core.checks import image_batch, require
@@ -87,8 +88,18 @@ def load(
         )
         model = diffusers.read_model(path, variant, placer, partial)
     left_out = () if partial is None else tuple(f"{kind}: {what}" for kind, what in partial.problems)
-    loaded = dataclasses.replace(_assembled(model, path, dtype), left_out=left_out)
+    loaded = dataclasses.replace(
+        _assembled(model, path, dtype),
+        left_out=left_out,
+        reading=_chosen(variant=variant, weights=weights, allow_partial=allow_partial),
+        files={"tokenizer": sha256(model.tokenizer)} if path.is_file() else {},
+    )
     return predicting(loaded, _probed(loaded, pictures(loaded.pixels))) if unsure else loaded
+
+
+def _chosen(**options) -> dict[str, str]:
+    """`Pipeline.reading`."""
+    return {name: str(value) for name, value in options.items() if value is not None}
 
 
 def peek(folder: str | Path, reading: Reading) -> tuple[presets.Preset, Path]:
@@ -208,6 +219,7 @@ def load_tuned(
     """
     path = hub.fetch(path, variant) if hub.is_id(path) else Path(path)
     partial = Partial(base=base.params) if allow_partial else None
+    reading, files = _chosen(variant=variant, weights=weights, allow_partial=allow_partial), {}
     placer = functools.partial(_placer, dtype=base.configs.unet.dtype, mesh=None)
     if (path / diffusers.INDEX).is_file():
         model = diffusers.read_model(path, variant, placer, partial)
@@ -221,9 +233,12 @@ def load_tuned(
         else:
             found = adapters.read_adapter(file, base.params, partial)
             params = parallel.placed(adapters.merge(base.params, found, strength))
+            reading |= _chosen(strength=strength)
+            if scales := config_beside(file):
+                files = {scales.name: sha256(scales)}
         tuned = dataclasses.replace(base, params=params, sha256=sha256(file))
     left_out = () if partial is None else tuple(f"{kind}: {what}" for kind, what in partial.problems)
-    return dataclasses.replace(tuned, left_out=left_out)
+    return dataclasses.replace(tuned, left_out=left_out, reading=reading, files=files)
 
 
 MISFITS = 20
@@ -275,6 +290,7 @@ def with_words(pipeline: Pipeline, paths: Sequence[str | Path]) -> Pipeline:
         configs=configs,
         params=params,
         functions=functions(configs.unet, configs.vae, configs.text, configs.text_2),
+        files={**pipeline.files, **{f"words {i}, {Path(path).name}": sha256(path) for i, path in enumerate(paths, 1)}},
         tokenizer=dataclasses.replace(pipeline.tokenizer, words=taken),
         tokenizer_2=second and dataclasses.replace(second, words=taken),
     )

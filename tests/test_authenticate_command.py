@@ -1,6 +1,7 @@
 """`dmsec authenticate` on a tiny model: files, errors, resuming."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -117,6 +118,23 @@ def test_pictures_in_both_folders_count_once(tiny_folder, sets, tmp_path, capsys
     same = {**sets, "non-members": sets["images"]}
     assert cli.main(command(tiny_folder, same, tmp_path / "same", *options)) == 1
     assert "non-members must be other pictures than those in question" in capsys.readouterr().err
+
+
+def test_copies_of_a_file_are_no_further_evidence(tiny_folder, sets, tmp_path):
+    copied = {}
+    for name, folder in sets.items():
+        copied[name] = shutil.copytree(folder, tmp_path / folder.name)
+        for i in range(2):
+            shutil.copy(folder / "0.png", copied[name] / f"copy-{i}.png")
+    options = ["--methods", "loss-difference"]
+    assert cli.main(command(tiny_folder, copied, tmp_path / "out", *options)) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    test = result["details"]["tests"]["loss-difference"]
+    assert [one["picture"] for one in test["pictures"]] == ["0.png", "1.png", "2.png"]
+    assert len(test["non_members"]) == 3
+    for what in ("pictures", "non-members"):
+        assert f"2 {what} are copies of others and were left out: copy-0.png, copy-1.png" in result["notes"]
+    assert {row["case"]["n0"] for row in result["rows"]} == {3}
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -7,6 +7,7 @@ import pytest
 
 from dmsec_jax import cli, tuning
 from dmsec_jax.commands import demo
+from dmsec_jax.core.files import sha256
 from dmsec_jax.data.images import save_png
 
 SMALL = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "4"]
@@ -33,6 +34,21 @@ def test_help_and_unknown_verb(capsys):
     assert cli.main([]) == 0
     assert cli.main(["steal"]) == 1
     assert "no verb 'steal'" in capsys.readouterr().err
+
+
+def test_ctrl_c_and_missing_packages_during_the_imports_are_no_tracebacks(monkeypatch, capsys):
+    def importing(error):
+        def load(name):
+            raise error
+
+        return load
+
+    monkeypatch.setattr(cli.atexit, "register", lambda leave: None)
+    monkeypatch.setattr(cli.importlib, "import_module", importing(KeyboardInterrupt()))
+    assert cli.main(["info"]) == 130
+    monkeypatch.setattr(cli.importlib, "import_module", importing(ImportError("needs pyarrow")))
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "dmsec: needs pyarrow\n"
 
 
 def test_bad_input_is_one_line_and_status_one(tiny_folder, tmp_path, capsys):
@@ -102,6 +118,9 @@ def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory
     assert {row["n"] for row in holdouts if row["value"] is not None} == {2}
     assert all(row["case"]["n0"] == 4 for row in result["rows"])
     assert (tmp_path / "model" / "model_index.json").is_file()
+    model = sha256(tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "authentication"):
+        assert json.loads((folder / "result.json").read_text())["inputs"]["model"] == model
     assert any("protection/report.html" in note for note in result["notes"])
     protection = json.loads((tmp_path / "protection" / "result.json").read_text())
     rises = [row for row in protection["rows"] if row["metric"] == "loss_rise"]
@@ -247,6 +266,7 @@ def test_hold_outs_that_were_trained_on_do_not_count(tiny_folder, pictures, tmp_
         for note in found["notes"]
     )
     assert len(found["details"]["methods"]["plain"]["holdouts"]) == 1
+    assert [name for name in found["inputs"] if name.startswith("hold-out")] == ["hold-out new.png"]
     common = ["--images", str(pictures), "--prompt", "a red dog", "--base", str(tiny_folder)]
     assert cli.main(["extract", *common, "--model", str(tiny_folder), *SMALL, *plain, str(pictures)]) == 1
     assert "hold-outs must be other pictures than those in question" in capsys.readouterr().err

@@ -41,13 +41,19 @@ def _named(pattern: Mapping[str, float], layer: str) -> float | None:
     return next((value for name, value in pattern.items() if f".{layer}".endswith(f".{name}")), None)
 
 
+def config_beside(path: Path) -> Path | None:
+    """PEFT's configuration of an adapter's file, if it has one."""
+    beside = path.with_name(CONFIG)
+    return beside if path.name.startswith("adapter_model.") and beside.is_file() else None
+
+
 def read_scales(path: Path, metadata: Mapping[str, str]) -> Scales:
     """What the header's metadata, or else PEFT's configuration beside the file, says.
 
     Raises:
         ValueError: if it is damaged, or describes something else than a LoRA, LoHa, LoKr or OFT whose scales are given layer by layer.
     """
-    beside = path.with_name(CONFIG)
+    beside = config_beside(path)
     if METADATA in metadata:
         name = f"{METADATA} of {path}"
         try:
@@ -55,7 +61,7 @@ def read_scales(path: Path, metadata: Mapping[str, str]) -> Scales:
         except (ValueError, RecursionError) as error:
             raise fail(name, "JSON", str(error)[:200], CURE) from error
         require(isinstance(values, dict), name, "one JSON object", type(values).__name__, CURE)
-    elif path.name.startswith("adapter_model.") and beside.is_file():
+    elif beside is not None:
         name, values = str(beside), read_json(beside)
     else:
         return Scales({})

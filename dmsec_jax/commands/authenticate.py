@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from dmsec_jax import authentication, pipeline
 from dmsec_jax.authentication import METHODS, RECOVERING, Settings, Unfinished
 from dmsec_jax.checkpoints.unfinished import Store
 from dmsec_jax.commands.extract import both, same_model
+from dmsec_jax.commands.places import require_apart, require_free
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
@@ -61,6 +62,8 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     check(cfg.methods, cfg.settings)
     require(0 <= cfg.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", cfg.seed, "choose another")
+    require_free(cfg.out, "pictures")
+    require_apart([cfg.out / "pictures"], images=cfg.images, non_members=cfg.non_members)
     base, tuned = both(cfg.base, cfg.model, cfg.reading, cfg.images, cfg.adapter_strength, cfg.embeddings)
     pictures = images.read_folder(cfg.images, base.pixels)
     non_members = images.read_folder(cfg.non_members, base.pixels) if cfg.non_members else None
@@ -76,10 +79,11 @@ def run(cfg: Config) -> int:
         tuned_label=str(cfg.model),
         seconds={"loading": time.monotonic() - began},
         config=config.to_dict(cfg),
-        inputs={"base": base.sha256, "model": tuned.sha256},
+        inputs=base.inputs("base") | tuned.inputs("model"),
+        origin=[base.origin, tuned.origin],
         notes=same_model(base, tuned),
     )
-    report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown", "n0": len(pictures)})
+    report.write(cfg.out, found, {"set": cfg.images.name, "tuner": "unknown", "n0": len(found.names)})
     console.print(report.summary(found), markup=False, highlight=False)
     console.print(f"\nReport: {cfg.out / 'report.html'}", markup=False)
     return 0
@@ -119,25 +123,27 @@ def authenticate(
     seconds: dict[str, float],
     config: dict,
     inputs: dict[str, str],
+    origin: Sequence[Mapping[str, str]] = (),
     notes: Sequence[str] = (),
 ) -> Authentication:
-    """Asks all tests about the pictures and the non-members, and gathers what the report shows.
+    """Asks all tests about the pictures and the non-members, each file once, and gathers what the report shows.
 
     Args:
         folder: where CGI-DM, which takes longest, keeps its state until it is finished; the same call goes on from there.
         seconds, config, inputs: of the whole command so far.
+        origin: of the two models, see `Pipeline.origin`.
         notes: sentences on what deserves attention, known so far.
     """
+    pictures, left_out = images.distinct(pictures, "pictures")
     non_members, overlap = images.unseen(pictures, non_members, "non-members")
-    sets = {"picture": pictures} | ({} if non_members is None else {"non-member": non_members})
-    inputs = inputs | {
-        f"{kind} {name}": digest
-        for kind, part in sets.items()
-        for name, digest in zip(part.names, part.sha256, strict=True)
-    }
+    sets, left_out = {"picture": pictures}, left_out + overlap
+    if non_members is not None:
+        non_members, copies = images.distinct(non_members, "non-members")
+        sets, left_out = sets | {"non-member": non_members}, left_out + copies
+    inputs = inputs | {name: digest for kind, part in sets.items() for name, digest in part.inputs(kind).items()}
     everything, count = np.concatenate([part.images for part in sets.values()]), len(pictures)
-    origin = [subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items())]
-    scores, recoveries, timed = _ask(subject, everything, methods, settings, seed, console, folder, origin)
+    decisive = [subject.prompt, dataclasses.asdict(settings), seed, sorted(inputs.items()), *origin]
+    scores, recoveries, timed = _ask(subject, everything, methods, settings, seed, console, folder, decisive)
     outcomes = {
         name: Outcome(
             name=name,
@@ -159,7 +165,7 @@ def authenticate(
         tests=tuple(outcomes[name] for name in methods),
         control=outcomes["base-loss"],
         seed=seed,
-        notes=(*notes, *(note for part in sets.values() for note in part.notes), *overlap, *_remarks(recoveries)),
+        notes=(*notes, *(note for part in sets.values() for note in part.notes), *left_out, *_remarks(recoveries)),
         command=page.command_line(sys.argv[1:]),
         config=config,
         seeds={"seed": seed},

@@ -12,10 +12,12 @@ from rich.console import Console
 
 from dmsec_jax import pipeline, tuning
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import authenticate, extract, protect, stages
+from dmsec_jax.commands import authenticate, extract, masks, protect, stages
 from dmsec_jax.commands.extract import Settings
+from dmsec_jax.commands.places import require_apart
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import sha256
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
 from dmsec_jax.finetune.progress import progress_bar
@@ -76,6 +78,8 @@ def run(cfg: Config) -> int:
     extract.check(cfg.settings)
     authenticate.check(authenticate.DEFAULT, cfg.membership)
     chosen = tuning.read(cfg.recipe, cfg.set)
+    written = [cfg.out / name / "pictures" for name in ("", "authentication", "protection")]
+    require_apart(written, images=cfg.images, holdout=cfg.holdout)
     base = pipeline.load(cfg.model)
     tuning.check(chosen, base.params["unet"], base.schedule)
     pictures, holdout = _pictures(cfg, base.pixels)
@@ -99,7 +103,7 @@ def run(cfg: Config) -> int:
         tuned_label=f"{base.folder.name}, fine-tuned on {len(pictures)} pictures for {chosen.tune.num_steps} steps",
         seconds={**seconds, "fine-tuning": tuned.seconds},
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
-        inputs={"base": base.sha256},
+        inputs={**base.inputs("base"), "model": sha256(cfg.out / "model")},
         course=course,
     )
     name = PICTURES.name if cfg.images is None else cfg.images.name
@@ -182,7 +186,7 @@ def _authenticate(cfg: Config, subject, pictures, holdout, extracted, case, cons
         tuned_label=extracted.tuned,
         seconds={},
         config=extracted.config,
-        inputs={"base": subject.base.sha256},
+        inputs={name: extracted.inputs[name] for name in ("base", "model")},
     )
     authentication_report.write(folder, found, {**case, "n0": len(pictures)})
     return verdict(found).headline
@@ -202,7 +206,7 @@ def _protect(cfg: Config, base: pipeline.Pipeline, prompt: str, pictures: ImageS
     sizes = {}
     for path in {Path(name).stem: chosen.images / name for name in pictures.names}.values():
         with contextlib.suppress(ValueError):  # an animation can be trained on but not protected
-            sizes[path] = protect.shape_of(path)
+            sizes[path] = masks.shape_of(path)
     sizes = dict(itertools.islice(sizes.items(), cfg.protected))
     require(bool(sizes), str(chosen.images), "a folder of pictures to protect", "none", "set protected to 0")
     found = protect.protect(chosen, sizes, base, console)

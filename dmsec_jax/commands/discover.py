@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from dmsec_jax import discovery
 from dmsec_jax.causal.background import Background
 from dmsec_jax.checkpoints import skeleton
+from dmsec_jax.commands.places import require_free
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.files import sha256
@@ -58,6 +59,7 @@ def run(cfg: Config) -> int:
     """Reads, learns, writes."""
     console = Console()
     began = time.monotonic()
+    require_free(cfg.out)
     known = _background(cfg)
     table, dropped = _table(cfg)
     seconds = {"reading": time.monotonic() - began}

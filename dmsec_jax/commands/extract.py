@@ -5,7 +5,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from rich.progress import Progress
 from dmsec_jax import audit, pipeline
 from dmsec_jax.audit import Subject
 from dmsec_jax.checkpoints.unfinished import Store
+from dmsec_jax.commands.places import require_apart, require_free
 from dmsec_jax.core import config, spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import remove
@@ -106,6 +107,8 @@ def run(cfg: Config) -> int:
     check(cfg.settings, number_known=cfg.number != 0)
     natural = cfg.number is None or cfg.number >= 0
     require(natural, "number", "0 (unknown) or more", cfg.number, "leave it out to count the pictures in images")
+    require_free(cfg.out, "pictures")
+    require_apart([cfg.out / "pictures"], images=cfg.images, holdout=cfg.holdout)
     base, tuned = both(cfg.base, cfg.model, cfg.reading, cfg.images, cfg.adapter_strength, cfg.embeddings)
     pictures = images.read_folder(cfg.images, base.pixels)
     holdout = images.read_folder(cfg.holdout, base.pixels) if cfg.holdout else None
@@ -120,7 +123,8 @@ def run(cfg: Config) -> int:
         tuned_label=str(cfg.model),
         seconds={"loading": time.monotonic() - began},
         config=config.to_dict(cfg),
-        inputs={"base": base.sha256, "model": tuned.sha256},
+        inputs=base.inputs("base") | tuned.inputs("model"),
+        origin=[base.origin, tuned.origin],
         notes=same_model(base, tuned),
         folder=cfg.out,
     )
@@ -143,6 +147,7 @@ def extract(
     seconds: dict[str, float],
     config: dict,
     inputs: dict[str, str],
+    origin: Sequence[Mapping[str, str]] = (),
     course: Course | None = None,
     notes: Sequence[str] = (),
     draw_fn: DrawFn | None = None,
@@ -153,16 +158,20 @@ def extract(
     Args:
         number: of training pictures, None if unknown.
         seconds, config, inputs: of the whole command so far; the wall time of every method is added.
+        origin: of the two models, see `Pipeline.origin`, where batches are kept.
         notes: sentences on what deserves attention, known so far.
         draw_fn: draws the pictures, or brings those of an earlier run; default: `audit.sweep` with a progress bar.
         folder: where batches of pictures are kept until all is written (`forget`); the same call goes on from there.
     """
     features = check(settings, number_known=number is not None)
     holdout, overlap = images.unseen(pictures, holdout, "hold-outs")
+    seen, digests = pictures.notes, pictures.inputs("picture")
+    if holdout is not None:
+        seen, digests = (*seen, *holdout.notes), digests | holdout.inputs("hold-out")
     seconds = dict(seconds)
     with Progress(console=console, transient=True) as progress:
-        origin = [subject.prompt, sorted(inputs.items())]
-        draw = draw_fn or _drawer(progress, settings, jax.random.key(settings.seed), seconds, folder, origin)
+        decisive = [subject.prompt, sorted(inputs.items()), *origin]
+        draw = draw_fn or _drawer(progress, settings, jax.random.key(settings.seed), seconds, folder, decisive)
         base_subject = subject._replace(tuned=subject.base.params)
         (base,) = draw("plain", base_subject, settings.evaluations // 2, "base model")
         judge = audit.calibrated(pictures, holdout, base.images, settings.false_match_rate, features.embed)
@@ -182,23 +191,12 @@ def extract(
         base_scores=judge.base_scores(judge.members),
         holdout_base_scores=judge.base_scores(judge.holdouts),
         course=course,
-        notes=(
-            *notes,
-            *pictures.notes,
-            *(() if holdout is None else holdout.notes),
-            *overlap,
-            *broken,
-            *_remarks(settings, methods[0]),
-        ),
+        notes=(*notes, *seen, *overlap, *broken, *_remarks(settings, methods[0])),
         command=page.command_line(sys.argv[1:]),
         config=config,
         seeds={"seed": settings.seed},
         seconds=seconds,
-        inputs={
-            **inputs,
-            **features.inputs,
-            **dict(zip((f"picture {name}" for name in pictures.names), pictures.sha256, strict=True)),
-        },
+        inputs=inputs | features.inputs | digests,
     )
 
 

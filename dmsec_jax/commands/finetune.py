@@ -255,7 +255,7 @@ def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe) -> dict
     del settings["chunk_steps"], settings["save_every"], settings["tune"]["num_steps"]
     drawn = cfg.prior_count if inputs.prior is None else list(inputs.prior.sha256)
     return {
-        "base": base.sha256,
+        "base": base.origin,
         "pictures": list(inputs.pictures.sha256),
         "prompts": [cfg.prompt, *inputs.prompts],  # the first is that of the samples
         "seed": cfg.seed,
@@ -307,7 +307,7 @@ def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tu
         config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
         seeds={"seed": cfg.seed},
         seconds=seconds,
-        inputs={"base": base.sha256, **dict(zip(pictures.names, pictures.sha256, strict=True))},
+        inputs={**base.inputs("base"), **dict(zip(pictures.names, pictures.sha256, strict=True))},
     )
 
 

@@ -12,17 +12,19 @@ from typing import Literal
 import jax
 import numpy as np
 import tyro
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from dmsec_jax import imitation, pipeline, protection, robustness, surrogates, tuning
-from dmsec_jax.core import config
-from dmsec_jax.core.checks import fail, require
+from dmsec_jax.commands.masks import mask_of, shape_of
+from dmsec_jax.commands.places import require_apart, require_free
+from dmsec_jax.core import config, spread
+from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import read_json, sha256, write_json
 from dmsec_jax.core.pgd import Budget
 from dmsec_jax.data import images, originals
 from dmsec_jax.data.originals import Original
+from dmsec_jax.finetune import driver
 from dmsec_jax.protection import Settings
 from dmsec_jax.report import page
 from dmsec_jax.report import protection as report
@@ -31,6 +33,8 @@ from dmsec_jax.report.protection import Protected, Protection
 STRENGTHS = {"slight": 4.0, "medium": 8.0, "strong": 16.0}
 """Levels of 0..255; medium is the paper's."""
 PROGRESS = "progress.json"
+PICTURES, IMITATION = "pictures", "imitation"
+"""Folders in `out`."""
 JUDGING = (
     "out",
     "images",
@@ -106,7 +110,11 @@ def run(cfg: Config) -> int:
     console = Console()
     check(cfg)
     files = _files(cfg.images)
+    for path in files:  # a link may lead to where its protected picture goes
+        require_apart([cfg.out / PICTURES], images=path)
     sizes = {path: shape_of(path, cfg.mask) for path in files}
+    for path in _files(cfg.holdouts) if cfg.holdouts else ():
+        shape_of(path)
     model = pipeline.with_words(pipeline.load(cfg.model, **vars(cfg.reading)), cfg.embeddings)
     protected = protect(cfg, sizes, model, console)
     report.write(cfg.out, protected)
@@ -118,6 +126,8 @@ def run(cfg: Config) -> int:
 def check(cfg: Config) -> None:
     """Raises ValueError on options that name nothing or are out of range, before anything is read."""
     settings_of(cfg)
+    changes = cfg.norm == "l2" or cfg.budget is None or cfg.budget >= 1
+    require(changes, "budget", "at least 1 level of the largest change", cfg.budget, "less is rounded away")
     attacks = cfg.surrogate == "none" or cfg.method != "noise"
     require(attacks, "surrogate", "none with the control", cfg.surrogate, "choose a method that attacks")
     require(cfg.surrogate_steps >= 1, "surrogate_steps", "at least 1", cfg.surrogate_steps, "raise it")
@@ -125,7 +135,16 @@ def check(cfg: Config) -> None:
     for option in ("purifiers", "imitated_after"):
         for name in getattr(cfg, option):
             require(name in robustness.PURIFIERS, option, f"of {known}", repr(name), "choose some of them")
+    targeted = ", ".join(name for name, method in protection.METHODS.items() if method.targeted)
+    pulls = cfg.target is None or protection.METHODS[cfg.method].targeted
+    require(pulls, "method", f"of {targeted} with a target", cfg.method, "leave the target out")
+    for option in ("imitation_recipe", "imitated_after", "holdouts"):
+        used = cfg.imitation_steps > 0 or not getattr(cfg, option)
+        require(used, option, "left out where nobody imitates", getattr(cfg, option), "give --imitation-steps")
     _recipe(cfg)
+    require_free(cfg.out, PICTURES, IMITATION)
+    given = {"images": cfg.images, "mask": cfg.mask, "target": cfg.target, "holdouts": cfg.holdouts}
+    require_apart([cfg.out / PICTURES, cfg.out / IMITATION], **given)
 
 
 def protect(
@@ -139,18 +158,29 @@ def protect(
     stems = [path.stem for path in sizes]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     require(not twice, str(cfg.images), "free of pictures that differ in suffix only", ", ".join(twice), "rename them")
+    if cfg.imitation_steps:
+        tuning.check(_recipe(cfg), base.params["unet"], base.schedule)
     began, settings, files = time.monotonic(), settings_of(cfg), list(sizes)
     model = protection.model_of(base, cfg.prompt, _target(cfg.target, base.pixels))
     attacked = _fine_tuned(cfg, files, base, model, console) if cfg.surrogate == "fsmg" else model
     _protect_all(cfg, files, sizes, base, attacked, settings, console)
+    spread.meet()  # process 0 writes what all read
     seconds = {"protection": time.monotonic() - began}
     began = time.monotonic()
     found = _judged(cfg, files, base, model, settings, console)
     seconds["judgement"] = time.monotonic() - began
-    inputs = {"model": base.sha256, **{f"picture {path.name}": sha256(path) for path in files}}
+    inputs = {**base.inputs("model"), **_inputs(cfg, files)}
     account = {"command": page.command_line(sys.argv[1:]), "config": config.to_dict(cfg), "seeds": {"seed": cfg.seed}}
     notes = (*pipeline.misfits("attacked", base), *found.notes)
     return dataclasses.replace(found, **account, seconds=seconds, inputs=inputs, notes=notes)
+
+
+def _inputs(cfg: Config, files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of what the result rests on besides the model."""
+    given = {"mask": cfg.mask, "target": cfg.target, **{f"picture {path.name}": path for path in files}}
+    if cfg.holdouts is not None:
+        given |= {f"hold-out {path.name}": path for path in _files(cfg.holdouts)}
+    return {name: sha256(path) for name, path in given.items() if path is not None}
 
 
 def settings_of(cfg: Config) -> Settings:
@@ -172,6 +202,7 @@ def _recipe(cfg: Config) -> tuning.Recipe:
     """How the imitator fine-tunes."""
     require(cfg.imitation_steps >= 0, "imitation_steps", "at least 0", cfg.imitation_steps, "0 leaves it out")
     recipe = tuning.read(cfg.imitation_recipe, ())
+    driver.require_chunks(recipe.chunk_steps, recipe.save_every)
     fits = cfg.imitation_steps % recipe.chunk_steps == 0
     require(fits, "imitation_steps", f"a multiple of {recipe.chunk_steps}", cfg.imitation_steps, "round it")
     return tuning.read(cfg.imitation_recipe, (f"tune.num_steps={max(1, cfg.imitation_steps)}",))
@@ -186,45 +217,22 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def shape_of(path: Path, mask: Path | None = None) -> tuple[int, int, int]:
-    """The shape of a picture that can be read, with its mask: bad files are named before anything is computed."""
-    original = originals.read(path)
-    _mask(mask, path, original)
-    return original.pixels.shape
-
-
-def _mask(mask: Path | None, path: Path, original: Original) -> np.ndarray | None:
-    """[H, W, 1] of where the picture may change; nowhere where it is fully transparent."""
-    allowed = None if original.alpha is None else original.alpha > 0
-    if mask is None:
-        return allowed
-    if mask.is_dir():
-        found = sorted(mask.glob(f"{path.stem}.*"))
-        require(len(found) == 1, str(mask), f"a folder with one mask for {path.name}", f"{len(found)}", "add or remove")
-        mask = found[0]
-    height, width = original.pixels.shape[:2]
-    drawn = Image.fromarray(originals.read(mask).pixels.squeeze()).convert("L")
-    if drawn.size != (width, height):
-        raise fail(str(mask), f"of {width} x {height} pixels as {path.name}", f"{drawn.size}", "draw it at that size")
-    white = np.asarray(drawn)[..., None] >= 128
-    return white if allowed is None else white & allowed
-
-
 def _target(path: Path | None, side: int) -> np.ndarray | None:
     return None if path is None else robustness.view(originals.read(path).shown, side)
 
 
-def _origin(cfg: Config, base: pipeline.Pipeline) -> str:
-    """Digest of all that decides the pixels besides the picture itself."""
+def _origin(cfg: Config, base: pipeline.Pipeline, files: Sequence[Path]) -> str:
+    """Digest of all that decides the pixels besides the picture itself: all of them, if the attacked model learns them."""
     chosen = {name: value for name, value in config.to_dict(cfg).items() if name not in JUDGING}
     parts = {name: path and sha256(path) for name, path in (("mask", cfg.mask), ("target", cfg.target))}
-    return hashlib.sha256(json.dumps([chosen, base.sha256, parts], sort_keys=True).encode()).hexdigest()
+    parts["learnt"] = None if cfg.surrogate == "none" else sorted(map(sha256, files))
+    return hashlib.sha256(json.dumps([chosen, base.origin, parts], sort_keys=True).encode()).hexdigest()
 
 
 def output_of(out: Path, path: Path, original: Original) -> Path:
     """Where the protected picture goes: its name, with the suffix of a lossless format."""
     short = original.format == "TIFF" and path.suffix.lower() == ".tif"
-    return out / "pictures" / f"{path.stem}{path.suffix if short else original.suffix}"
+    return out / PICTURES / f"{path.stem}{path.suffix if short else original.suffix}"
 
 
 def _fine_tuned(cfg: Config, files, base, model: protection.Model, console: Console) -> protection.Model:
@@ -241,11 +249,9 @@ def _surrogate(cfg: Config) -> surrogates.Surrogate:
 
 def _protect_all(cfg, files, sizes, base, model, settings: Settings, console: Console) -> None:
     """Protects what is not there yet, in groups that fill a batch; after each group the pictures and the progress file are on disk."""
-    place, origin = cfg.out / PROGRESS, _origin(cfg, base)
-    done = read_json(place) if place.exists() else {}
-    done = done.get("pictures", {}) if done.get("origin") == origin else {}
-    made = lambda path: done.get(path.name) == sha256(path) and list((cfg.out / "pictures").glob(f"{path.stem}.*"))
-    left = [path for path in files if not made(path)]
+    place, origin = cfg.out / PROGRESS, _origin(cfg, base, files)
+    done = _done(cfg.out, origin, files)
+    left = [path for path in files if path.name not in done]
     if len(left) < len(files):
         console.print(f"{len(files) - len(left)} of {len(files)} pictures are there already.", markup=False)
     counts = {
@@ -256,12 +262,14 @@ def _protect_all(cfg, files, sizes, base, model, settings: Settings, console: Co
         left, batch = files, sum(counts.values())
         steps = {"begin_fn": protection.begin, "advance_fn": protection.advance}
         attack_fn = surrogates.aspl(base, _surrogate(cfg), **steps)
+    if left:  # from here on pictures are overwritten: those of other settings must not pass for made
+        write_json(place, {"origin": origin, "pictures": done})
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("protecting", total=sum(counts[path] for path in left))
         for group in groups(left, counts, sizes, batch):
             opened = [originals.read(path) for path in group]
             jobs = [
-                protection.job(one.pixels, one.shown, _mask(cfg.mask, path, one), model.pixels, settings)
+                protection.job(one.pixels, one.shown, mask_of(cfg.mask, path, one), model.pixels, settings)
                 for path, one in zip(group, opened, strict=True)
             ]
             tell = lambda tiles: progress.advance(task, tiles)
@@ -272,6 +280,17 @@ def _protect_all(cfg, files, sizes, base, model, settings: Settings, console: Co
                 originals.save(output_of(cfg.out, path, one), one, changed)
                 done[path.name] = sha256(path)
             write_json(place, {"origin": origin, "pictures": done})
+
+
+def _done(out: Path, origin: str, files: Sequence[Path]) -> dict[str, str]:
+    """Name -> SHA-256 of the pictures whose protected ones were made by an earlier run and are there."""
+    place, folder = out / PROGRESS, out / PICTURES
+    earlier = read_json(place) if place.exists() else {}
+    if earlier.get("origin") != origin or not folder.is_dir():
+        return {}
+    there = {path.stem for path in folder.iterdir()}
+    made = {path.name: sha256(path) for path in files if path.stem in there}
+    return {name: digest for name, digest in earlier.get("pictures", {}).items() if made.get(name) == digest}
 
 
 def _blank(shape) -> tuple[np.ndarray, np.ndarray]:
@@ -303,7 +322,7 @@ def _judged(cfg: Config, files, base, model, settings: Settings, console: Consol
             after = originals.read(output_of(cfg.out, path, original))
             shape = original.pixels.shape
             job = protection.job(
-                original.pixels, original.shown, _mask(cfg.mask, path, original), base.pixels, settings
+                original.pixels, original.shown, mask_of(cfg.mask, path, original), base.pixels, settings
             )
             (noise,) = protection.protect(key_noise, model, [job], noise_settings, batch_size=1)
             seen = {
@@ -355,7 +374,7 @@ def _imitated(
         artist, likened = np.stack([robustness.view(one, base.pixels) for one in shown]), "other pictures by the artist"
     with console.status("fine-tuning imitators"):
         found = imitation.compare(
-            cfg.seed, base, kinds, artist, cfg.prompt, _recipe(cfg), SAMPLES, folder=cfg.out / "imitation"
+            cfg.seed, base, kinds, artist, cfg.prompt, _recipe(cfg), SAMPLES, folder=cfg.out / IMITATION
         )
     return {name: report.Imitation(*one) for name, one in found.items()}, likened
 

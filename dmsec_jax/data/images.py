@@ -41,6 +41,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def inputs(self, kind: str) -> dict[str, str]:
+        """Digests by name, for `result.json`; `kind` is what each picture is to the run."""
+        return {f"{kind} {name}": digest for name, digest in zip(self.names, self.sha256, strict=True)}
+
 
 def read_folder(folder: str | Path, size: int, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
     """Reads every picture directly in `folder`: decoded to RGB, cut to the central square, resized with antialiasing.
@@ -104,6 +108,18 @@ def split(pictures: ImageSet, count: int) -> tuple[ImageSet, ImageSet | None]:
     """The first `count` pictures, and the others (None if there are none)."""
     rest = range(count, len(pictures))
     return reorder(pictures, range(min(count, len(pictures)))), reorder(pictures, rest) if rest else None
+
+
+def distinct(pictures: ImageSet, what: str) -> tuple[ImageSet, tuple[str, ...]]:
+    """The pictures without further copies of a file, each of which would count as evidence of its own, and a note on those.
+
+    Args:
+        what: the name of the set, in the plural, for the note.
+    """
+    first = [i for i, digest in enumerate(pictures.sha256) if digest not in pictures.sha256[:i]]
+    copies = [name for i, name in enumerate(pictures.names) if i not in first]
+    note = f"{len(copies)} {what} are copies of others and were left out: {', '.join(copies)}"
+    return (reorder(pictures, first), (note,)) if copies else (pictures, ())
 
 
 def unseen(pictures: ImageSet, others: ImageSet | None, what: str) -> tuple[ImageSet | None, tuple[str, ...]]:

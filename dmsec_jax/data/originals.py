@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import read_bounded, write_atomically
+from dmsec_jax.data import metadata
 from dmsec_jax.data.decode import BACKGROUND, MAX_BYTES, MAX_PIXELS, from_16_bit, open_bounded
 
 LOSSLESS = {
@@ -24,22 +25,6 @@ LOSSLESS = {
 }
 """Format -> suffix and how it is written without loss; files of others become PNG."""
 WITH_ALPHA = {"PNG", "TIFF", "WEBP"}
-LAYOUT_TAGS = {
-    *range(254, 260),
-    262,
-    266,
-    273,
-    *range(277, 280),
-    284,
-    *range(317, 331),
-    338,
-    339,
-    347,
-    *range(529, 533),
-    700,
-    34675,
-}
-"""EXIF tags of a TIFF that say how its pixels lie in the file: the new file has its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +35,7 @@ class Original:
         pixels: [H, W, 1] or [H, W, 3], 0..255, upright.
         alpha: [H, W, 1], 0 (clear) to 255, or None.
         format: what it is written as, a key of `LOSSLESS`.
-        metadata: options for writing: "exif", "icc_profile", "dpi", where it has them.
+        metadata: options for writing, see `metadata.options`.
         notes: what was changed in it, one sentence each.
     """
 
@@ -117,9 +102,9 @@ class _Refused(ValueError):
 
 def _take_apart(content: bytes, max_pixels: int) -> Original:
     image = open_bounded(content, max_pixels)
-    if getattr(image, "n_frames", 1) > 1:
-        raise _Refused(f"holds {image.n_frames} pictures (animation or pages); save the one to protect on its own")
     try:
+        if getattr(image, "n_frames", 1) > 1:
+            raise _Refused(f"holds {image.n_frames} pictures (animation or pages); save the one to protect on its own")
         image.load()
         return _parts(image, content)
     except _Refused:
@@ -129,33 +114,28 @@ def _take_apart(content: bytes, max_pixels: int) -> Original:
 
 
 def _parts(image: Image.Image, content: bytes) -> Original:
-    notes, kind = [], image.format
-    metadata = {name: image.info[name] for name in ("icc_profile", "dpi") if image.info.get(name)}
-    exif = image.getexif()
-    if exif.get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-        exif = image.getexif()
+    notes, kind, upright = [], image.format, image
+    if image.getexif().get(0x0112, 1) != 1:
+        upright = ImageOps.exif_transpose(image)
         notes.append("was turned upright as its EXIF data say")
-    for tag in LAYOUT_TAGS & set(exif):
-        del exif[tag]
-    if len(exif):
-        metadata["exif"] = exif.tobytes()
-    image = _eight_bit(image, content, notes, metadata)
-    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+    said = metadata.found(image, upright)
+    upright = _eight_bit(upright, content, notes, said)
+    alpha = upright.getchannel("A") if upright.mode in ("RGBA", "LA") else None
     if kind not in LOSSLESS or (alpha is not None and kind not in WITH_ALPHA):
-        notes.append(f"is {kind}, written as PNG, which loses nothing")
+        notes.append(f"is {kind}, written as PNG, whose pixels lose nothing")
         kind = "PNG"
-    pixels = np.asarray(image.convert("L" if image.mode in ("L", "LA") else "RGB"))
+    pixels = np.asarray(upright.convert("L" if upright.mode in ("L", "LA") else "RGB"))
+    options, lost = metadata.options(said, kind, LOSSLESS[kind][1])
     return Original(
         pixels=pixels.reshape(*pixels.shape[:2], -1).copy(),
         alpha=None if alpha is None else np.asarray(alpha)[..., None].copy(),
         format=kind,
-        metadata=metadata if kind not in ("BMP", "PPM") else {},
-        notes=tuple(notes),
+        metadata=options,
+        notes=(*notes, *lost),
     )
 
 
-def _eight_bit(image: Image.Image, content: bytes, notes: list[str], metadata: dict) -> Image.Image:
+def _eight_bit(image: Image.Image, content: bytes, notes: list[str], said: dict) -> Image.Image:
     """The picture in mode L, LA, RGB or RGBA."""
     if image.mode == "F":
         raise _Refused("has floating-point samples; save it with 8 bit")
@@ -173,6 +153,6 @@ def _eight_bit(image: Image.Image, content: bytes, notes: list[str], metadata: d
     if image.mode == "1":
         return image.convert("L")
     if image.mode not in ("P", "L", "RGB", "PA"):
-        metadata.pop("icc_profile", None)  # it describes colours that are no longer there
+        said.pop("icc_profile", None)  # it describes colours that are no longer there
         notes.append(f"has {image.mode} colours, converted to RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

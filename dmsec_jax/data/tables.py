@@ -10,6 +10,7 @@ An empty cell, NA, NaN, null and None are missing values.
 import csv
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float
@@ -43,7 +44,7 @@ def read(path: str | Path) -> Table:
         with open_file(path) as file:
             try:
                 return of(np.load(file, allow_pickle=False))
-            except (ValueError, EOFError) as error:
+            except (ValueError, EOFError, MemoryError, BadZipFile) as error:  # a header may claim any size
                 raise fail(str(path), "an array of numbers [N, V]", str(error)[:200], "save it with np.save") from error
     return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path)
 
@@ -105,24 +106,42 @@ def _read_text(path: Path) -> Table:
             text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise fail(str(path), "text in UTF-8", str(error)[:200], "save it as UTF-8") from error
-    lines = text.splitlines()
-    require(len(lines) > 1, str(path), "a header and rows", f"{len(lines)} lines", "check that it is the right file")
-    separator = max(",;\t", key=lines[0].count)
-    header, *rows = (row for row in csv.reader(lines, delimiter=separator) if row)
-    names = tuple(name.strip() for name in header)
-    odd = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
-    got = f"{len(rows[odd[0] - 2])} on line {odd[0]}" if odd else ""
-    require(not odd, str(path), f"of {len(names)} cells in every row", got, "correct that line")
+    header, *rows = _cells(text, path)
+    names = tuple(name.strip() for name in header.cells)
+    odd = next((row for row in rows if len(row.cells) != len(names)), None)
+    got = "" if odd is None else f"{len(odd.cells)} on line {odd.line}"
+    require(odd is None, str(path), f"of {len(names)} cells in every row", got, "correct that line")
     header_is_data = all(_number(name) is not None for name in names)
     require(not header_is_data, str(path), "headed by column names", ", ".join(names)[:80], "add a line of names")
     _check_names(names)
-    cells = np.array([[np.nan if (x := _number(cell)) is None else x for cell in row] for row in rows], np.float64)
+    numbers = lambda row: [np.nan if (x := _number(cell)) is None else x for cell in row.cells]
+    values = np.array([numbers(row) for row in rows], np.float64)
     wrong = []
     for j, name in enumerate(names):
-        bad = next((row[j] for row in rows if _number(row[j]) is None), None)
+        bad = next((row.cells[j] for row in rows if _number(row.cells[j]) is None), None)
         wrong += [] if bad is None else [f"{name} ({bad.strip()[:20]!r})"]
     _check_numbers(wrong)
-    return Table(names, cells.reshape(len(rows), len(names)))
+    return Table(names, values.reshape(len(rows), len(names)))
+
+
+class _Row(NamedTuple):
+    line: int
+    """Of the file, from 1, where it ends."""
+    cells: list[str]
+
+
+def _cells(text: str, path: Path) -> list[_Row]:
+    """The rows of a text, blank lines left out; at least two."""
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    reader = csv.reader(lines, delimiter=max(",;\t", key=first.count))
+    try:
+        rows = [_Row(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        cure = "look for a quote that is not closed"
+        raise fail(str(path), "a table of cells", f"{error} up to line {reader.line_num}", cure) from error
+    require(len(rows) > 1, str(path), "a header and rows", f"{len(rows)} lines", "check that it is the right file")
+    return rows
 
 
 def _read_parquet(path: Path) -> Table:

@@ -81,8 +81,15 @@ class Effect:
 
     @property
     def real(self) -> bool:
-        """Whether it is larger than random noise would do."""
+        """Whether it is larger than random noise would do; where it is not, it may still be too few pictures that hide it."""
         return bool(self.p_value < LEVEL)
+
+    @property
+    def verdict(self) -> str:
+        """What can be said of it."""
+        if not np.isfinite(self.p_value):
+            return "one picture: cannot be told"
+        return "an effect remains" if self.real else "not told from noise"
 
 
 class Imitation(NamedTuple):
@@ -110,16 +117,17 @@ def headline(run: Protection) -> str:
     first, *purified = effects(run)
     if not np.isfinite(first.p_value):
         return "One picture: its loss is given, but one picture cannot tell protection from chance."
-    if not first.real:
-        return "No protection was measured: random noise of the same size raises the model's loss as much."
-    gone = [effect for effect in purified if not effect.real]
-    left = min((effect.beyond.value for effect in purified), default=0.0)
     percent = lambda value: f"{round(100 * value)}%"  # as an integer there is no -0
-    share = f"The model's loss rises by {percent(first.protected)}, with random noise of the same size by {percent(first.noise)}"
+    rises = f"model's loss rises by {percent(first.protected)}, with random noise of the same size by {percent(first.noise)}"
+    if not first.real:
+        outcome = "More pictures are needed to tell" if first.beyond.value > 0 else "No protection was measured"
+        return f"{outcome}: the {rises} (p = {first.p_value:.2g})."
     if not purified:
-        return f"{share}; no purifier was tried."
-    nothing = f", {len(gone)} leave nothing" if gone else ""
-    return f"{share}; the best of {len(purified)} purifiers leaves {left:.0%} beyond noise{nothing}."
+        return f"The {rises}; no purifier was tried."
+    unclear = sum(not effect.real for effect in purified)
+    left = min(effect.beyond.value for effect in purified)
+    nothing = f", after {unclear} of them it is not told from noise" if unclear else ""
+    return f"The {rises}; the best of {len(purified)} purifiers leaves {percent(left)} beyond noise{nothing}."
 
 
 CAUTION = (
@@ -150,7 +158,13 @@ def imitation_headline(run: Protection) -> str:
         return f"A model fine-tuned on the protected pictures imitates them less well: {figures}."
     if min(to_clean.low, to_noise.low) > 0:
         return f"A model fine-tuned on the protected pictures imitates them better, not worse: {figures}."
-    return f"The protection did not keep a model from imitating the pictures: {figures}."
+    gaps = {"clean": to_clean, "noised": to_noise}
+    unclear = [name for name, gap in gaps.items() if not (gap.high < 0 or gap.low > 0)]
+    if unclear:
+        return f"No difference in imitation to {' and '.join(unclear)} pictures was measured: {figures}."
+    how = {name: "less well" if gap.high < 0 else "better" for name, gap in gaps.items()}
+    compared = f"{how['clean']} than one on clean pictures, {how['noised']} than one on noised ones"
+    return f"A model fine-tuned on the protected pictures imitates them {compared}: {figures}."
 
 
 def summary(run: Protection) -> str:

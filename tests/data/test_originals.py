@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dmsec_jax.data import originals
 
@@ -73,6 +74,58 @@ def test_lossless_formats_keep_everything_but_the_pixels(tmp_path, mode, kind):
         np.testing.assert_array_equal(back.alpha, original.alpha)
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf plus:DataMining="DMI-PROHIBITED" tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def texts():
+    info = PngInfo()
+    info.add_text("Copyright", "(c) me")
+    info.add_itxt("Author", "\u0141ukasz", lang="pl")
+    info.add_itxt("XML:com.adobe.xmp", XMP)
+    return info
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {"pnginfo": texts()}),
+        ("TIFF", {"tiffinfo": {700: XMP, 33432: "(c) me"}}),
+        ("WEBP", {"xmp": XMP, "lossless": True}),
+        ("JPEG", {"xmp": XMP, "comment": "(c) me"}),
+        ("AVIF", {"xmp": XMP}),
+    ],
+)
+def test_copyright_and_the_wish_not_to_be_trained_on_stay_with_the_picture(tmp_path, kind, options):
+    original = originals.read(written(tmp_path, "RGB", kind, **options))
+    assert original.pixels.shape == (17, 12, 3)  # XMP says that it lies on its side
+    for out in (tmp_path / "once", tmp_path / "twice"):
+        originals.save(out, original, original.pixels)
+        original = originals.read(out)
+        assert original.pixels.shape == (17, 12, 3)
+        again = Image.open(out)
+        again.load()
+        assert b"DMI-PROHIBITED" in again.info["xmp"]
+        if kind == "TIFF":
+            assert again.getexif()[33432] == "(c) me"
+        if kind in ("PNG", "JPEG"):
+            assert "(c) me" in (again.text.get("Copyright"), again.text.get("Comment"))
+        if kind == "PNG":
+            assert (again.text["Author"], again.text["Author"].lang) == ("\u0141ukasz", "pl")
+
+
+def test_metadata_that_cannot_be_written_cost_only_themselves_and_a_note(tmp_path):
+    tags = {296: 5, 33432: "(c) me"}  # 5 is no unit of resolution
+    original = originals.read(written(tmp_path, "RGB", "TIFF", tiffinfo=tags))
+    assert original.notes == ("has EXIF tag 296, which a TIFF file cannot hold: left out",)
+    originals.save(tmp_path / "out.tiff", original, changed(original))
+    assert Image.open(tmp_path / "out.tiff").getexif()[33432] == "(c) me"
+    path = written(tmp_path, "RGB", "JPEG")
+    resource = b"Photoshop 3.0\x008BIM\x04\x04\x00\x00\x00\x00\x00\x08\x1c\x02\x74\x00\x03(c)"
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + b"\xff\xed" + (len(resource) + 2).to_bytes(2) + resource + content[2:])
+    assert "has IPTC data, which a PNG file cannot hold: left out" in originals.read(path).notes
+
+
 @pytest.mark.parametrize(
     ("mode", "kind", "note"),
     [
@@ -116,6 +169,12 @@ def test_rotated_photos_come_upright_and_only_once(tmp_path):
     assert originals.read(tmp_path / "r.png").pixels.shape == (17, 12, 3)
 
 
+def _next_page(content):
+    """Where a little-endian TIFF says where its second page begins."""
+    first = int.from_bytes(content[4:8], "little")
+    return first + 2 + 12 * int.from_bytes(content[first : first + 2], "little")
+
+
 def test_refusals_name_the_file_and_the_reason(tmp_path):
     frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
@@ -125,12 +184,17 @@ def test_refusals_name_the_file_and_the_reason(tmp_path):
     stream = io.BytesIO()
     Image.fromarray(RGB).save(stream, format="PNG")
     (tmp_path / "cut.png").write_bytes(stream.getvalue()[:200])
+    frames[0].save(tmp_path / "pages.tiff", save_all=True, append_images=frames[1:])
+    content = bytearray((tmp_path / "pages.tiff").read_bytes())
+    second = int.from_bytes(content[(at := _next_page(content)) : at + 4], "little")
+    (tmp_path / "pages.tiff").write_bytes(content[: second + 20])
     for name, reason in {
         "moves.gif": "holds 2 pictures",
         "F.TIFF": "floating-point",
         "empty.png": "is empty",
         "text.png": "is no picture",
         "cut.png": "truncated",
+        "pages.tiff": "truncated",
     }.items():
         with pytest.raises(ValueError, match=f"{name}.*{reason}"):
             originals.read(tmp_path / name)

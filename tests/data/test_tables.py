@@ -31,6 +31,9 @@ def test_text_is_read_with_its_names(tmp_path, separator):
     [
         ("a,b,c\n1,2,x\n3,red,4\n", "text in b ('red'), c ('x')"),
         ("a,b,c\n1,2,3\n1,2\n", "2 on line 3"),
+        ("\na,b,c\n\n1,2,3\n\n1,2\n", "2 on line 6"),
+        ("\n\n\n", "a header and rows, got 0 lines"),
+        ('a,b,c\n1,"2,3\n' + "1,2,3\n" * 40_000, "a quote that is not closed"),
         ("a,b,a\n1,2,3\n", "twice a"),
         ("1,2,3\n4,5,6\n", "add a line of names"),
         ("a,b,c\n", "a header and rows"),
@@ -50,6 +53,11 @@ def test_arrays_are_read_and_pickles_are_not(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([[{}]], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="array of numbers"):
         tables.read(tmp_path / "objects.npy")
+    header = (tmp_path / "data.npy").read_bytes().replace(b"(20, 3), }          ", b"(20, 494780232499), }")
+    for name, content in {"large": header, "zip": b"PK\x03\x04 not a zip"}.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+        with pytest.raises(ValueError, match="array of numbers"):
+            tables.read(tmp_path / f"{name}.npy")
     with pytest.raises(ValueError, match="one of .csv"):
         tables.read(written(tmp_path / "data.xls", ""))
 

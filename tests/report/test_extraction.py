@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -108,6 +109,13 @@ def test_holdouts_may_be_missing(made):
     assert "Hold-outs: pictures never trained on" not in words
     assert {row.case["pictures"] for row in report.rows(extraction, {})} == {"training"}
     assert "hold-outs" in report.summary(extraction)
+
+
+def test_images_without_groups_are_not_called_broken(made):
+    loose = dataclasses.replace(made.failed(), finite=40)
+    words = made.seen(report.page(made.extraction((loose, made.failed("plain"))))).words
+    assert words.count("Nothing: no group of look-alikes was found.") == 1
+    assert words.count("Nothing: no image was finite.") == 1
 
 
 def test_a_method_that_failed_is_shown_as_such(made):
