@@ -111,9 +111,7 @@ class Checkpoints:
         place = f"checkpoint {step} of {self.folder}"
         with _damage_named(place):
             note = self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
-        others = [
-            key for name in metadata or {} for key in _differing(note["metadata"].get(name), metadata[name], name)
-        ]
+        others = [key for name in metadata or {} for key in differing(note["metadata"].get(name), metadata[name], name)]
         cure = f"choose another output folder, or remove {self.folder} to start anew"
         require(not others, place, "one of this run", f"another {', '.join(others)}", cure)
         saved, wanted = note["structure"], _structure(like)
@@ -150,11 +148,11 @@ class Checkpoints:
         self.close()
 
 
-def _differing(saved: Any, wanted: Any, name: str) -> list[str]:
+def differing(saved: Any, wanted: Any, name: str) -> list[str]:
     """Dotted names, below `name`, of the entries that differ."""
     if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
         names = sorted(saved.keys() | wanted.keys())
-        return [key for part in names for key in _differing(saved.get(part), wanted.get(part), f"{name}.{part}")]
+        return [key for part in names for key in differing(saved.get(part), wanted.get(part), f"{name}.{part}")]
     return [] if saved == wanted else [name]
 
 
