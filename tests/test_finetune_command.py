@@ -158,6 +158,8 @@ def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
     (["--bayes", "lora-up"], "found in some parameter path"),
     (["--bayes", "norm", "--set", "bayes.sigma0=-1"], "sigma0 must be at least 0 and finite, got -1"),
     (["--stop-at", "copying", "--sample-every", "0"], "stop_at must be never without samples, got copying"),
+    (["--sample-every", "10"], "sample_every must be a multiple of chunk_steps=25, or 0, got 10; round it, or give --set chunk_steps=10"),
+    (["--stop-at", "copying", "--set", "tune.num_steps=50"], "stop_at must be never in 50 steps without a sample, got copying"),
     (["--sheets", "posterior"], "sheets must be mean without a posterior"),
     (["--sheets", "posterior", "--bayes", "norm", "--set", "bayes.noise=dropout"], "sheets must be mean without a post"),
     (["--bayes", "norm", "--set", "bayes.noise=activations", "lora.rank=1", "bayes.selection=lora-up"], "activations only with"),

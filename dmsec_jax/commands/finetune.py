@@ -66,7 +66,7 @@ class Config:
     text_encoder: bool = False
     """Train the text encoder too."""
     sample_every: int = 100
-    """Steps between sample sheets, each of which the monitor looks at; 0 draws none."""
+    """Steps between sample sheets, each of which the monitor looks at, a multiple of the recipe's chunk_steps; 0 draws none."""
     sight: tyro.conf.OmitArgPrefixes[monitoring.Sight] = monitoring.Sight()
     stop_at: Literal["never", "corrupting", "copying"] = "never"
     """End the training when the monitor finds this stage, or one beyond it."""
@@ -232,6 +232,11 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     shapes = {name: diffusers.shapes(name, getattr(preset, diffusers.COMPONENTS[name].field)) for name in TRAINABLE}
     noise = schedule.from_scheduler_json(preset.scheduler, f"{cfg.model}/scheduler/scheduler_config.json")
     tuning.check(chosen, shapes if cfg.text_encoder else shapes["unet"], noise)
+    every, chunk = cfg.sample_every, chosen.chunk_steps
+    cure = f"round it, or give --set chunk_steps={every}"
+    require(every % chunk == 0, "sample_every", f"a multiple of chunk_steps={chunk}, or 0", every, cure)
+    looks = cfg.stop_at == "never" or every <= chosen.tune.num_steps
+    require(looks, "stop_at", f"never in {chosen.tune.num_steps} steps without a sample", cfg.stop_at, "sample earlier")
     size = preset.unet.sample_size * preset.vae.factor
     pictures = images.read_folder(cfg.images, size)
     prompts = [caption or cfg.prompt for caption in pictures.captions]
