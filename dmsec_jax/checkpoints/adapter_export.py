@@ -21,6 +21,7 @@ from dmsec_jax.core.trees import flatten
 from dmsec_jax.core.types import Params
 
 LAYOUTS = ("diffusers", "kohya")
+OFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def write_lora(

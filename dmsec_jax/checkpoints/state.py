@@ -57,6 +57,11 @@ class Checkpoints:
         self.folder, self._note, self._read_only = Path(folder).resolve(), note, read_only
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    @property
+    def steps(self) -> list[int]:
+        """The saved steps, whether they can be read or not."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves any pytree of arrays, typed keys included; `metadata` is anything that JSON holds.
 
@@ -96,11 +101,11 @@ class Checkpoints:
             ValueError: if the metadata differ, which names the entries, or if the checkpoint holds another tree, which
                 lists every leaf that differs.
         """
-        saved = list(self._manager.all_steps())
+        saved = self.steps
         if step is not None:
             require(step in saved, "step", f"one of {saved}", step, "choose a saved step")
             return self._restore(like, step, metadata)
-        for newest in sorted(saved, reverse=True):
+        for newest in reversed(saved):
             try:
                 return self._restore(like, newest, metadata)
             except Damaged as error:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from dmsec_jax import monitoring, pipeline, tuning
 from dmsec_jax.checkpoints import diffusers, single_file
-from dmsec_jax.checkpoints.adapter_export import write_lora, write_oft
+from dmsec_jax.checkpoints.adapter_export import OFT_FILES, write_lora, write_oft
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
@@ -29,7 +30,7 @@ from dmsec_jax.finetune import monitor, oft
 from dmsec_jax.finetune.monitor import Measures
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.pipeline import Pipeline
-from dmsec_jax.report import page, training
+from dmsec_jax.report import page, result, training
 from dmsec_jax.report.training import Training
 from dmsec_jax.report.training_data import Course, Sheet
 from dmsec_jax.tuning import TRAINABLE, Recipe
@@ -79,6 +80,8 @@ SAMPLES = 8
 """Pictures on a sample sheet."""
 FOLDERS = ("checkpoints", "model", "pictures", "samples")
 """What `out` holds."""
+TUNERS = {"full": "full weights", "lora": "LoRA", "oft": "OFT"}
+"""What is trained, as in results and for people."""
 LORA_FILES = {"diffusers": "lora.safetensors", "kohya": "lora-kohya.safetensors"}
 """What `out` holds besides after LoRA: the factors alone, for `load_lora_weights` and for A1111."""
 OFT_FOLDER = "oft-{}"
@@ -112,6 +115,8 @@ def run(cfg: Config) -> int:
         ) as checkpoints,
         progress_bar(chosen.tune.num_steps, per_step, console) as bar,
     ):
+        if not checkpoints.steps:
+            sheets.clear()
 
         def on_chunk(done, info, state):
             bar(done, info, state)
@@ -165,6 +170,12 @@ class _Sheets:
                 self.measures[step] = monitoring.read(self._path(step, "json"))
                 sheet = decode(read_bounded(self._path(step, "png"), MAX_BYTES))[0]
                 self.samples[step] = images.ungrid(images.from_uint8(np.asarray(sheet)), base.pixels)
+
+    def clear(self) -> None:
+        """Forgets and removes the sheets of an earlier run."""
+        self.samples, self.measures = {}, {}
+        folder = self.cfg.out / "samples"
+        result.drop(folder, [path.name for kind in ("png", "json") for path in folder.glob(f"step-*.{kind}")])
 
     def _path(self, step: int, kind: str) -> Path:
         return self.cfg.out / "samples" / f"step-{step:06d}.{kind}"
@@ -291,6 +302,10 @@ def _write(
             write_lora(cfg.out / name, parts, ratio, layout)
     if tuned.sigma is not None:
         _write_tree(cfg.out / "posterior.safetensors", tuned.sigma, {"holds": "sigma of the trainable tree's leaves"})
+    earlier = result.earlier(cfg.out)
+    if earlier is not None and earlier.method in TUNERS:
+        with contextlib.suppress(KeyError, TypeError):  # not as we write it, so nothing of ours lies beside it
+            result.drop(cfg.out, _beside(earlier.config) - _beside(_settings(cfg, chosen)))
     about = _description(chosen, tuned.trainable, tuned.sigma)
     course = sheets.course(tuned.info.loss, tuned.done)
     account = _account(cfg, base, pictures, chosen, about, course, {"fine-tuning": tuned.seconds})
@@ -309,11 +324,30 @@ def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tu
         course=course,
         notes=(*pipeline.misfits("starting", base), *pictures.notes, *(cfg.sight.notes if course.measures else ())),
         command=page.command_line(sys.argv[1:]),
-        config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
+        config=_settings(cfg, chosen),
         seeds={"seed": cfg.seed},
         seconds=seconds,
         inputs={"base": base.sha256, **dict(zip(pictures.names, pictures.sha256, strict=True))},
     )
+
+
+def _settings(cfg: Config, chosen: Recipe) -> dict[str, Any]:
+    """As `result.json` holds them."""
+    return config.to_dict(cfg) | {"recipe": config.to_dict(chosen)}
+
+
+def _beside(settings: Mapping[str, Any]) -> set[str]:
+    """The files beside the model folder that a run with these settings writes."""
+    recipe = settings["recipe"]
+    names = {"model.safetensors"} if settings["single_file"] else set()
+    if recipe["lora"]:
+        names |= set(LORA_FILES.values())
+    if recipe["oft"]:
+        parts = TRAINABLE if settings["text_encoder"] else ("unet",)
+        names |= {f"{OFT_FOLDER.format(part)}/{name}" for part in parts for name in OFT_FILES}
+    if recipe["bayes"] and recipe["bayes"]["noise"] != "dropout":
+        names.add("posterior.safetensors")
+    return names
 
 
 def _write_tree(path: Path, tree, note: dict[str, str]) -> None:
@@ -330,7 +364,6 @@ def _posterior_case(chosen: Recipe) -> dict[str, str]:
 
 def _description(chosen: Recipe, trainable: Params, sigma: Params | None) -> str:
     """What is trained, for people."""
-    kinds = {"full": "full weights", "lora": "LoRA", "oft": "OFT"}
-    kind = kinds[tuning.tuner_of(chosen)] + (f" of rank {chosen.lora.rank}" if chosen.lora is not None else "")
+    kind = TUNERS[tuning.tuner_of(chosen)] + (f" of rank {chosen.lora.rank}" if chosen.lora is not None else "")
     text = f"{kind}, {trees.count(trainable):,} parameters"
     return text if sigma is None else f"{text}, {trees.count(sigma):,} of them with a posterior"
