@@ -78,6 +78,7 @@ class SPOT(BaseEstimator):
         bic_, bics_: extended BIC (`causal.climb.edge_costs`) of the graph, and of every local search; lower is better.
         marks_: [R + 1, V, V] of every local search.
         names_ (also `feature_names_in_`), n_features_in_, num_rows_.
+        calibration_: of the posterior on held-out data sets, one entry for each number of variables, as its card has it.
         notes_: sentences that a reader of the outcome must know.
     """
 
@@ -118,7 +119,7 @@ class SPOT(BaseEstimator):
         table = X if isinstance(X, Table) else tables.of(X)
         tables.check(table)
         known = background.knowledge(self.background, table.names)
-        posterior = stored.read(self.posterior)
+        posterior = stored.read(self.posterior, features.COUNT)
         corr = features.correlation(_transformed(table.values, self.transform), list(table.names))
         rows, size = table.values.shape
 
@@ -138,6 +139,7 @@ class SPOT(BaseEstimator):
         report("orientations", 1, 1)
         self.names_, self.feature_names_in_ = table.names, np.array(table.names, dtype=object)
         self.n_features_in_, self.num_rows_ = size, rows
+        self.calibration_ = tuple(posterior.card.get("calibration", ()))
         self.notes_ = (
             *_notes(table, posterior, self.transform, self.bics_),
             *_agreement(self.edge_probabilities_, self.mag_),

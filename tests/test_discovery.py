@@ -204,7 +204,7 @@ def test_a_wrong_command_line_is_one_line(tmp_path, capsys, posterior, options, 
 
 
 def test_the_shipped_posterior_knows_a_chain_and_how_good_it_is():
-    shipped = stored.read(discovery.SHIPPED)
+    shipped = stored.read(discovery.SHIPPED, features.COUNT)
     size = 6
     noise = np.random.default_rng(3).normal(size=(2000, size))
     for i in range(1, size):
