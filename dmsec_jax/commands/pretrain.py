@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from dmsec_jax.core.files import sha256
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.finetune import driver
 from dmsec_jax.pretrain import card, corpus, skeleton, stages
+from dmsec_jax.report import page
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 FINISHED = "autoencoder.safetensors"
@@ -89,6 +91,10 @@ def _model(cfg: Config, console: Console) -> int:
     driver.require_chunks(recipe.chunk_steps, recipe.save_every)
     require(recipe.save_every > 0, "save_every", "above 0", recipe.save_every, "use a multiple of chunk_steps")
     photos, cutouts = _pictures(cfg.photos, "*"), _pictures(cfg.cutouts, "**/*")
+    used = cfg.start is None or not (photos or cutouts)
+    require(
+        used, "photos, cutouts", "left out with a model to start from", "given", "its autoencoder is trained already"
+    )
     icons = corpus.read_icons(corpus.install(cfg.work / "npm"))
     words = stages.tokenizer(icons, recipe) if cfg.start is None else Tokenizer.load(cfg.start / "tokenizer")
     words.save(cfg.work / "tokenizer")
@@ -112,7 +118,14 @@ def _model(cfg: Config, console: Console) -> int:
         configs=stages.preset(words), params={**params, "vae": vae_params}, tokenizer=cfg.work / "tokenizer"
     )
     diffusers.write_model(cfg.out, model, "float16", metadata={"producer": "dmsec pretrain"})
-    card.write(cfg.out, icons, cfg.work / "log.csv", cfg.history)
+    given = card.Origin(
+        command=page.command_line(sys.argv[1:]),
+        photos=len(photos),
+        cutouts=len(cutouts),
+        start=None if cfg.start is None else origin["start"],
+        history=cfg.history,
+    )
+    card.write(cfg.out, icons, cfg.work / "log.csv", given)
     console.print(f"Model: {cfg.out}")
     return 0
 

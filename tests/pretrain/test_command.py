@@ -1,5 +1,7 @@
 """`dmsec pretrain` with trainings that do nothing: what an interrupted run may go on from, and what is refused."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,16 +74,33 @@ def test_a_snapshot_trains_nothing(trained, run):
         ({"what": "skeleton", "set": ("chunk_steps=0",)}, "chunk_steps must be at least 1"),
         ({"photos": "empty"}, "a folder of pictures, got none"),
         ({"cutouts": "nowhere"}, "a folder of pictures, got none"),
+        ({"photos": "filled", "start": Path("model")}, "photos, cutouts must be left out with a model to start from"),
     ],
 )
 def test_what_cannot_work_is_refused_first(trained, run, tmp_path, options, said):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "filled").mkdir()
+    Image.new("RGB", (80, 80)).save(tmp_path / "filled" / "one.png")
     if options.get("what") == "skeleton":
         (tmp_path / "recipe.yaml").write_text("")
     folders = {name: tmp_path / options[name] for name in ("photos", "cutouts") if name in options}
     with pytest.raises(ValueError, match=said):
         run(**options | folders)
     assert trained == []
+
+
+def test_the_card_names_what_was_given_and_nothing_else():
+    icons = [icon(), icon("fluent", "red pear")]
+    text = card.data(icons, card.Origin(command=""))
+    assert "Noto Emoji" in text
+    assert "2 icons of 1 concepts" in text
+    for word in ("Twemoji", "CC-BY-4.0", "photograph", "cut-out", "went on"):
+        assert word not in text
+    text = card.data([icon("twemoji")], card.Origin(command="", photos=3, start=None))
+    assert "all other icons of these styles, and 3 photographs." in text
+    assert "CC-BY-4.0" in text
+    assert "cut-out" not in text
+    assert "went on from the model of SHA-256 `abc`" in card.data(icons, card.Origin(command="", start="abc"))
 
 
 def test_checkpoints_of_another_recipe_are_not_continued(monkeypatch, tmp_path):
