@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dmsec_jax import pipeline, tuning
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import authenticate, extract, protect, stages
+from dmsec_jax.commands import authenticate, extract, finetune, protect, stages
 from dmsec_jax.commands.extract import Settings
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
@@ -31,6 +31,8 @@ TRAINED = 10
 """Pictures trained on, by default."""
 PURIFIERS = ("jpeg", "blur", "autoencoder", "noisy-upscaling")
 """Tried on the protected pictures: two for everybody, two that take the model."""
+FOLDERS = ("model", "pictures", "authentication", "protection", "stages")
+"""What `out` holds."""
 IMITATION_STEPS = 200
 """Of each fine-tuning on clean, noised and protected pictures."""
 
@@ -75,6 +77,7 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     extract.check(cfg.settings)
     authenticate.check(authenticate.DEFAULT, cfg.membership)
+    finetune.check_out(cfg.out, FOLDERS, cfg.model)
     chosen = tuning.read(cfg.recipe, cfg.set)
     base = pipeline.load(cfg.model)
     tuning.check(chosen, base.params["unet"], base.schedule)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -231,14 +231,8 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     require(watched, "stop_at", "never without samples", cfg.stop_at, "give --sample-every")
     possible = cfg.sheets == "mean" or (chosen.bayes is not None and chosen.bayes.noise != "dropout")
     require(possible, "sheets", "mean without a posterior", cfg.sheets, "name a selection with --bayes")
-    for place in (*reversed(cfg.out.parents), cfg.out, *(cfg.out / name for name in FOLDERS)):
-        require(place.is_dir() or not place.exists(), str(place), "a folder", "a file", "choose another --out")
+    check_out(cfg.out, FOLDERS, cfg.model)
     cfg.sight.check(cfg.prompt)
-    model = cfg.out / "model"
-    ours = not model.exists() or (model / diffusers.INDEX).is_file() or not any(model.iterdir())
-    require(ours, str(model), "a model folder or nothing", "something else", "choose another --out")
-    other = cfg.model.resolve() != model.resolve()
-    require(other, "model", "another than the one that is written", str(cfg.model), "choose another --out")
     preset, tokenizer = pipeline.peek(cfg.model, cfg.reading)
     shapes = {name: diffusers.shapes(name, getattr(preset, diffusers.COMPONENTS[name].field)) for name in TRAINABLE}
     noise = schedule.from_scheduler_json(preset.scheduler, f"{cfg.model}/scheduler/scheduler_config.json")
@@ -255,6 +249,17 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     longest = min(words.max_length, preset.text.max_position_embeddings)
     dataclasses.replace(words, max_length=longest).encode([cfg.prompt, cfg.prior_prompt or "", *prompts])
     return Inputs(pictures, prompts, None if cfg.prior_images is None else images.read_folder(cfg.prior_images, size))
+
+
+def check_out(out: Path, folders: Sequence[str], base: Path) -> None:
+    """Raises ValueError where `out` cannot hold these folders, or a model in `model` without overwriting something else or `base`."""
+    for place in (*reversed(out.parents), out, *(out / name for name in folders)):
+        require(place.is_dir() or not place.exists(), str(place), "a folder", "a file", "choose another --out")
+    model = out / "model"
+    ours = not model.exists() or (model / diffusers.INDEX).is_file() or not any(model.iterdir())
+    require(ours, str(model), "a model folder or nothing", "something else", "choose another --out")
+    other = base.resolve() != model.resolve()
+    require(other, "model", "another than the one that is written", str(base), "choose another --out")
 
 
 def _prior(key, base: Pipeline, cfg: Config, given: ImageSet | None) -> tuple[np.ndarray, list[str]] | None:
