@@ -99,7 +99,7 @@ def _scores(cfg: Config, training: Training, steps: int) -> dict[str, np.ndarray
             found |= _recovered(cfg, key, subject, pictures, name)
         return found
 
-    settings = json.dumps([training.base.sha256, dataclasses.asdict(cfg.settings), cfg.set, len(pictures)])
+    settings = json.dumps([training.identity(cfg.holdouts), dataclasses.asdict(cfg.settings)])
     return harness.kept(cfg.work / training.folder / f"{steps}.npz", settings, compute)
 
 
@@ -205,7 +205,7 @@ def _control(cfg: Config, base: pipeline.Pipeline, console: Console) -> list[Row
             subject = pipeline.Subject(base, training.models[cfg.control_steps], training.prompt)
             return authentication.losses(jax.random.key(training.seed), subject, unused, PARTS[:2], cfg.settings)
 
-        settings = json.dumps([base.sha256, dataclasses.asdict(cfg.settings), cfg.set, len(unused), cfg.control_steps])
+        settings = json.dumps([training.identity(len(unused)), dataclasses.asdict(cfg.settings)])
         path = cfg.work / training.folder / f"control-{cfg.control_steps}.npz"
         found = harness.kept(path, settings, compute)
         scores = (found["base"] - found["tuned"]).mean(axis=1)

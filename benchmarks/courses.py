@@ -104,7 +104,8 @@ class Courses:
 
     def _kept(self, name: str, overrides: tuple[str, ...], compute) -> dict[str, np.ndarray]:
         training = self.training
-        settings = [training.base.sha256, list(training.steps), overrides, dataclasses.asdict(self.effort)]
+        asked = training.identity(HOLDOUTS)
+        settings = [asked, list(training.steps), overrides, dataclasses.asdict(self.effort)]
         return harness.kept(self.folder / f"{name}.npz", json.dumps(settings), compute)
 
     def _train(self, arm: str) -> dict[str, np.ndarray]:

@@ -112,8 +112,7 @@ class _Training(Training):
         `steps` 0 is the base model.
         """
         path = self.cfg.work / self.folder / f"{steps}_{method}_{weight or 0:g}_{evaluations}.npz"
-        # `cfg.steps` does not count, see `Training.models`
-        settings = json.dumps([self.base.sha256, self.cfg.num_steps, self.cfg.set])
+        settings = json.dumps([self.identity(0), self.cfg.num_steps])
         if path.is_file():
             with np.load(path) as stored:
                 same = str(stored["settings"]) == settings

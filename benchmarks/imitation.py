@@ -27,7 +27,7 @@ def samples(
         drawn = imitation.imitate(key, training.base, views, training.prompt, training.recipe, count)
         return {"images": to_uint8(drawn)}
 
-    settings = json.dumps([settings, training.base.sha256, training.prompt, count])
+    settings = json.dumps([settings, training.identity(0), training.recipe.tune.num_steps, count])
     return from_uint8(harness.kept(work / f"{arm}.npz", settings, compute)["images"])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from dmsec_jax import pipeline, tuning
 from dmsec_jax.commands.demo import PICTURES
+from dmsec_jax.core import config
 from dmsec_jax.core.checks import require
 from dmsec_jax.data import images
 from dmsec_jax.data.images import ImageSet
@@ -61,6 +62,13 @@ class Training:
         self.recipe = tuning.read(None, overrides)
         odd = [count for count in steps if count % self.recipe.chunk_steps]
         require(not odd, "steps", f"multiples of {self.recipe.chunk_steps}", odd, "round them")
+
+    def identity(self, holdouts: int) -> list:
+        """What decides the answers of a model about its pictures and so many hold-outs, but for its number of steps; for what is kept of them."""
+        asked = (*self.pictures.sha256, *self.holdout.sha256[:holdouts])
+        recipe = config.to_dict(self.recipe)
+        del recipe["tune"]["num_steps"]
+        return [self.base.sha256, self.prompt, asked, recipe]
 
     @property
     def folder(self) -> str:

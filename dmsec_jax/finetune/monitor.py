@@ -2,7 +2,7 @@
 
     learning    neither of the following
     corrupting  samples are noisier than those of the base model from the same noise, and than the training pictures
-    copying     more samples match a training picture than different pictures of the style match each other
+    copying     more samples match a training picture than different pictures of the style match each other, and more closely than the base model's do
 
 Both are tests at the level `LEVEL`, of samples that are few: a stage is evidence, not a measurement. The rest of `Measures` says why.
 """
@@ -34,6 +34,7 @@ class Reference(NamedTuple):
     mean: Float[np.ndarray, "D"]
     """Subtracted from all features before copies are looked for; zero without a style."""
     threshold: float
+    """Above what different pictures of the style reach together, and above the base model's samples, which have copied nothing."""
     chance: float
     """That a sample which copies nothing reaches the threshold, at most."""
     training_noise: float
@@ -118,10 +119,11 @@ def reference(
         mean = np.zeros_like(features[0])
         found = similarity.calibrate(features, strangers)
     rate = max(found.rate, 1 / (found.pairs + 1))  # of one pair; so many pairs cannot promise less
+    innocent = np.nextafter(_nearest(strangers, features, mean).max(), np.inf)
     return Reference(
         features=features,
         mean=mean,
-        threshold=found.value,
+        threshold=max(found.value, float(innocent)),
         chance=1 - (1 - rate) ** len(distinct),
         training_noise=float(np.median(noise_levels(training))),
         base_noise=noise_levels(base_samples),
@@ -145,8 +147,7 @@ def measure(
     count = len(known.base_noise)
     require(len(samples) == count, "samples", f"{count}, as many as of the base model", len(samples), "draw as many")
     features = embed(samples)
-    near = _centred(features, known) @ _centred(known.features, known).T
-    hits = int((near.max(1) >= known.threshold).sum())
+    hits = int((_nearest(features, known.features, known.mean) >= known.threshold).sum())
     noise = noise_levels(samples)
     excess = noise - np.maximum(known.base_noise, known.training_noise)
     unlike = perception.diversity(1 - features @ features.T) if scores.diversity is None else scores.diversity
@@ -165,8 +166,10 @@ def measure(
     )
 
 
-def _centred(features: np.ndarray, known: Reference) -> np.ndarray:
-    return similarity.centred(features, known.mean) if known.mean.any() else features
+def _nearest(samples: np.ndarray, training: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Each sample's cosine with the training picture next to it; features of both."""
+    centred = lambda features: similarity.centred(features, mean) if mean.any() else features
+    return (centred(samples) @ centred(training).T).max(1)
 
 
 def reached(measures: Sequence[Measures], stage: Stage) -> int | None:

@@ -51,6 +51,14 @@ def test_known_stages_are_named(samples, stage):
     assert judged(samples).stage == stage
 
 
+def test_a_base_model_that_draws_look_alikes_has_copied_nothing():
+    base = noisy(np.concatenate([TRAINING, BASE[:2]]), 0.02)  # six of eight match a picture before any training
+    known = monitor.reference(TRAINING, base)
+    assert judged(base, known).copied == 0
+    assert {judged(base, known).stage, judged(SAMPLES, known).stage} == {"learning"}
+    assert judged(np.concatenate([TRAINING, TRAINING[:2]]), known).stage == "copying"
+
+
 def test_measures_follow_what_was_made():
     same = np.repeat(SAMPLES[:1], 8, axis=0)
     np.testing.assert_allclose(judged(same).diversity, 0, atol=1e-6)
