@@ -30,7 +30,7 @@ from benchmarks.causal import judging, methods, networks, peers, speed
 from benchmarks.causal.judging import Answer
 from benchmarks.causal.networks import Case
 from dmsec_jax import discovery
-from dmsec_jax.causal import climb, rows, sem
+from dmsec_jax.causal import climb, features, rows, sem
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
 from dmsec_jax.core import config
@@ -78,13 +78,15 @@ class Config:
 def main(cfg: Config) -> None:
     """Computes the answers that are not yet in `cfg.work`; one result file per part."""
     if cfg.suite == "speed":
-        speed.main(cfg.parts if cfg.parts != Config().parts else (), stored.read(cfg.posterior), _settings(cfg))
+        speed.main(
+            cfg.parts if cfg.parts != Config().parts else (), stored.read(cfg.posterior, features.COUNT), _settings(cfg)
+        )
         return
     unknown = {*cfg.parts} - {"calibration", *PARTS} | {*cfg.methods} - {*methods.ALL}
     require(not unknown, "parts and methods", f"of {', '.join(PARTS)}", ", ".join(unknown), "correct them")
     after = "spot+local" not in cfg.methods or "spot" in cfg.methods
     require(after, "methods", "with spot before spot+local", ", ".join(cfg.methods), "add spot")
-    posterior = stored.read(cfg.posterior)
+    posterior = stored.read(cfg.posterior, features.COUNT)
     for part in cfg.parts:
         began = time.monotonic()
         if part == "calibration":

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int8
 from scipy import stats
 from sklearn.base import BaseEstimator
 
-from dmsec_jax.causal import background, climb, features, mag, pag, penalties, projection, refine, skeleton
+from dmsec_jax.causal import background, climb, cpdag, features, mag, pag, penalties, projection, refine, skeleton
 from dmsec_jax.causal.background import Background
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.skeleton import Posterior
@@ -72,12 +72,14 @@ class SPOT(BaseEstimator):
     Attributes:
         edge_probabilities_: [V, V] in [0, 1], P(i and j adjacent | data), symmetric with zero diagonal; as the posterior says, or 0 and 1 where
             `background` knows.
-        mag_, pag_: [V, V] int8 marks (`core.marks`): the graph of the lowest extended BIC, and what all graphs with the same independences share.
+        mag_, pag_: [V, V] int8 marks (`core.marks`): the graph of the lowest extended BIC, and what all graphs with the same independences share;
+            with family "dag" all acyclic graphs without hidden causes, so that every edge is i -> j or i o-o j.
         coef_: [V, V], i -> j, in standard deviations of the (transformed) columns.
         omega_: [V, V] covariance of the errors; off the diagonal that of hidden common causes.
         bic_, bics_: extended BIC (`causal.climb.edge_costs`) of the graph, and of every local search; lower is better.
         marks_: [R + 1, V, V] of every local search.
         names_ (also `feature_names_in_`), n_features_in_, num_rows_.
+        calibration_: of the posterior on held-out data sets, one entry for each number of variables, as its card has it.
         notes_: sentences that a reader of the outcome must know.
     """
 
@@ -118,7 +120,7 @@ class SPOT(BaseEstimator):
         table = X if isinstance(X, Table) else tables.of(X)
         tables.check(table)
         known = background.knowledge(self.background, table.names)
-        posterior = stored.read(self.posterior)
+        posterior = stored.read(self.posterior, features.COUNT)
         corr = features.correlation(_transformed(table.values, self.transform), list(table.names))
         rows, size = table.values.shape
 
@@ -134,10 +136,11 @@ class SPOT(BaseEstimator):
         self.bic_, self.bics_, self.marks_ = float(graph.bic), found.bics, found.marks
         self.mag_ = np.asarray(graph.marks)
         report("orientations", 0, 1)
-        self.pag_ = background.orient(pag.of_mag(self.mag_), known)
+        self.pag_ = _shared(self.mag_, known, self.family)
         report("orientations", 1, 1)
         self.names_, self.feature_names_in_ = table.names, np.array(table.names, dtype=object)
         self.n_features_in_, self.num_rows_ = size, rows
+        self.calibration_ = tuple(posterior.card.get("calibration", ()))
         self.notes_ = (
             *_notes(table, posterior, self.transform, self.bics_),
             *_agreement(self.edge_probabilities_, self.mag_),
@@ -256,6 +259,13 @@ def _guide(probability, known, family: str) -> spot.Guide:
     decided = known.required | known.required.T
     allowed = ~background.impossible(known) & (~decided | known.required)
     return guide._replace(directed=guide.directed & allowed, bidirected=guide.bidirected & ~decided)
+
+
+def _shared(marks, known, family: str) -> Int8[np.ndarray, "V V"]:
+    """The marks that the data, and what is known, tell."""
+    if family == "dag":
+        return cpdag.of_dag(marks, background.directions(known))
+    return background.orient(pag.of_mag(marks), known)
 
 
 def _notes(table: Table, posterior: Posterior, transform: str, bics) -> tuple[str, ...]:

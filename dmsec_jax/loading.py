@@ -32,13 +32,14 @@ class Reading:
     """How a model is read, where its files leave that open."""
 
     variant: str | None = None
-    """Of a folder's or a hub model's weight files, for example fp16."""
+    """Of a folder's or a hub model's weight files, for example fp16; with two models, of the base, the other's being found."""
     tokenizer: Path | None = None
     """For a single file, which has none: the folder of one, for example of another model of the family."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """For a single file, whose weights do not tell; default: as is written in or beside it, else what fits the pictures better."""
+    """For a single file, whose weights do not tell; default: as is written in or beside it, and where it is not, extract and authenticate take what
+    fits the pictures better; the other verbs ask for it."""
     weights: single_file.Weights = "model"
-    """Of a single file that holds both: the UNet itself, or the running average of its training."""
+    """Of a single file that holds both: the UNet itself, or the running average of its training; with two models, of each that holds one."""
     allow_partial: bool = False
     """Read a model that does not fit, too: what is unused or mis-shaped is left out, what then lacks is taken from the base model. Recorded."""
 

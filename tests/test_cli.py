@@ -94,6 +94,20 @@ def test_demo_trains_on_all_pictures_where_hold_outs_are_given(tmp_path):
     assert (len(pictures), len(holdout)) == (6, 2)
 
 
+def test_demo_refuses_an_out_that_it_cannot_use_before_it_loads_anything(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo.pipeline, "load", None)
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    (tmp_path / "other" / "model" / "mine.txt").write_text("mine")
+    (tmp_path / "stages").write_text("mine")
+    for out, message in {
+        tiny_folder.parent: "model must be another than the one that is written",
+        tmp_path / "other": "model must be a model folder or nothing, got something else",
+        tmp_path: "stages must be a folder, got a file; choose another --out",
+    }.items():
+        assert cli.main(["demo", "--model", str(tiny_folder), "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow  # all layers are trained
 def test_demo_on_own_pictures_splits_off_hold_outs(tiny_folder, tmp_path_factory, tmp_path):
     pictures = folder_of(tmp_path_factory.mktemp("more"), 6)

@@ -2,13 +2,14 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dmsec_jax import cli, monitoring, pipeline
+from dmsec_jax import cli, monitoring, pipeline, tuning
 from dmsec_jax.commands import finetune
 from dmsec_jax.core import trees
 from dmsec_jax.data.images import save_png
@@ -158,6 +159,8 @@ def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
     (["--bayes", "lora-up"], "found in some parameter path"),
     (["--bayes", "norm", "--set", "bayes.sigma0=-1"], "sigma0 must be at least 0 and finite, got -1"),
     (["--stop-at", "copying", "--sample-every", "0"], "stop_at must be never without samples, got copying"),
+    (["--sample-every", "10"], "sample_every must be a multiple of chunk_steps=25, or 0, got 10; round it, or give --set chunk_steps=10"),
+    (["--stop-at", "copying", "--set", "tune.num_steps=50"], "stop_at must be never in 50 steps without a sample, got copying"),
     (["--sheets", "posterior"], "sheets must be mean without a posterior"),
     (["--sheets", "posterior", "--bayes", "norm", "--set", "bayes.noise=dropout"], "sheets must be mean without a post"),
     (["--bayes", "norm", "--set", "bayes.noise=activations", "lora.rank=1", "bayes.selection=lora-up"], "activations only with"),
@@ -223,6 +226,25 @@ def test_oft_and_one_file_are_written_for_other_programs_beside_the_model(tune, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole.params, merged.params)
     moved = trees.flatten(jax.tree.map(lambda a, b: np.abs(a - b).max(), merged.params["unet"], base.params["unet"]))
     assert all((change > 0) == path.endswith("attn1/to_q/kernel") for path, change in moved.items())
+
+
+def test_what_another_run_left_in_the_same_folder_goes_and_nothing_else(tune, tmp_path, monkeypatch):
+    done = tuning.Tuned({}, {"a": np.zeros(2)}, None, SimpleNamespace(loss=np.ones(2)), 1.0, 0, 2, True)
+    monkeypatch.setattr(tuning, "tune", lambda *args, **options: done)
+    monkeypatch.setattr(pipeline, "save", lambda *args: None)
+    monkeypatch.setattr(finetune, "write_lora", lambda path, *rest: path.write_bytes(b"lora"))
+    own = [tmp_path / name for name in ("model.safetensors", "posterior.safetensors", "samples/mine.png")]
+    sheet = tmp_path / "samples" / "step-000050.png"
+    for path in (*own, sheet):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+    factors = [tmp_path / name for name in finetune.LORA_FILES.values()]
+    assert tune(tmp_path, "--sample-every", "0", steps=2, sets=["patterns=[]", "lora.rank=2"]) == 0
+    assert all(path.is_file() for path in factors)
+    assert not sheet.exists()
+    assert tune(tmp_path, "--sample-every", "0", steps=2) == 0
+    assert not any(path.exists() for path in factors)
+    assert all(path.read_bytes() == b"mine" for path in own)
 
 
 @pytest.mark.slow  # compiles for long

@@ -44,6 +44,14 @@ def test_a_folder_that_loads(info, tiny_folder):
     assert page.endswith("Everything fits: it can be loaded.\n")
 
 
+def test_a_part_that_the_index_does_not_name_is_none_of_the_model(info, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "text_encoder_2").mkdir()  # of the model of another family that was there before
+    status, page = info(folder)
+    assert status == 0
+    assert "it can be loaded" in page
+
+
 def test_a_folder_that_does_not_load_says_everything(info, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"

@@ -12,8 +12,10 @@ from dmsec_jax import loading, pipeline
 from dmsec_jax.checkpoints import single_file
 from dmsec_jax.checkpoints.adapter_export import write_lora
 from dmsec_jax.checkpoints.io import read_tensors, write_tensors
+from dmsec_jax.commands import extract
 from dmsec_jax.core import spread
 from dmsec_jax.core.trees import flatten
+from dmsec_jax.loading import Reading
 from dmsec_jax.models import conditioning
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -68,18 +70,46 @@ def test_parameters_lie_where_the_plan_says(tiny_folder, monkeypatch):
     assert any("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(read.params))
 
 
-def test_the_average_of_a_single_file(tiny_pipeline, tmp_path):
-    file = tmp_path / "model.safetensors"
-    single_file.write_model(file, tiny_pipeline.configs, jax.device_get(tiny_pipeline.params), "float32")
+def add_average(file):
+    """Weights of the UNet, one higher each, as the running average that some training kept in the same file."""
     state = {key: np.array(value) for key, value in single_file.read(file).items()}
     own = {key.removeprefix("model.").replace(".", ""): v for key, v in state.items() if key.startswith("model.diff")}
     write_tensors(file, state | {f"model_ema.{key}": value + 1 for key, value in own.items()})
+
+
+def test_the_average_of_a_single_file(tiny_pipeline, tmp_path):
+    file = tmp_path / "model.safetensors"
+    single_file.write_model(file, tiny_pipeline.configs, jax.device_get(tiny_pipeline.params), "float32")
+    add_average(file)
     average = pipeline.load_tuned(file, tiny_pipeline, weights="model_ema").params["unet"]
     jax.tree.map(
         lambda one, other: np.testing.assert_array_equal(one, other + 1), average, tiny_pipeline.params["unet"]
     )
     same = pipeline.load_tuned(file, tiny_pipeline).params["unet"]
     jax.tree.map(np.testing.assert_array_equal, same, tiny_pipeline.params["unet"])
+
+
+def test_options_that_only_the_base_model_can_follow_are_its_own(
+    tiny_folder, tiny_pipeline, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(single_file, "preset_of", lambda *_: tiny_pipeline.configs)
+    raised = lambda one: np.array_equal(unet_bias(one), unet_bias(tiny_pipeline) + 1)
+    unet_bias = lambda one: np.asarray(one.params["unet"]["conv_out"]["bias"])
+    own = shutil.copytree(tiny_folder, tmp_path / "own")
+    for path in own.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".non_ema.safetensors"))
+    assert not any(map(raised, extract.both(own, tiny_folder, Reading(variant="non_ema"), pictures, 1.0, ())))
+    file = tmp_path / "model.safetensors"
+    single_file.write_model(file, tiny_pipeline.configs, jax.device_get(tiny_pipeline.params), "float32")
+    average = Reading(weights="model_ema", tokenizer=tiny_folder / "tokenizer", prediction_type="epsilon")
+    of_folder = dataclasses.replace(average, tokenizer=None, prediction_type=None)
+    with pytest.raises(ValueError, match="missing"):  # neither has an average
+        extract.both(tiny_folder, file, of_folder, pictures, 1.0, ())
+    add_average(file)
+    which = lambda *models: list(map(raised, extract.both(*models, pictures, 1.0, ())))
+    assert which(file, tiny_folder, average) == [True, False]
+    assert which(tiny_folder, file, of_folder) == [False, True]
+    assert which(file, file, average) == [True, True]
 
 
 def test_strength_of_an_adapter(tiny_pipeline, tmp_path):
@@ -171,5 +201,5 @@ def test_pictures_tell_what_a_single_file_predicts(tmp_path, monkeypatch):
         model.params, jnp.asarray(shown[:8]), pipeline.contexts(model, [""]), model.schedule, model.functions
     )
     print("share of noise and of velocity left unexplained:", *(f"{float(jnp.mean(part)):.3f}" for part in found))
-    with pytest.raises(ValueError, match="pass prediction_type="):
+    with pytest.raises(ValueError, match="give --prediction-type epsilon or v_prediction"):
         pipeline.load(file, tokenizer=model.tokenizer_folder)

@@ -133,5 +133,5 @@ def test_a_single_file_is_loaded_with_the_configs_of_its_base(tiny_pipeline, tmp
     single_file.write_model(path, tiny_pipeline.configs, tiny_pipeline.params, "float32")
     tuned = pipeline.load_tuned(path, tiny_pipeline)
     jax.tree.map(np.testing.assert_array_equal, tuned.params, tiny_pipeline.params)
-    with pytest.raises(ValueError, match="pass prediction_type="):
+    with pytest.raises(ValueError, match="give --prediction-type epsilon or v_prediction"):
         pipeline.load(path)

@@ -70,6 +70,11 @@ def impossible(known: Knowledge) -> Bool[np.ndarray, "V V"]:
     return np.asarray(known.forbidden) | (known.tier[:, None] > known.tier[None])
 
 
+def directions(known: Knowledge) -> Bool[np.ndarray, "V V"]:
+    """[i, j]: if one of the two causes the other, it is i."""
+    return np.asarray(known.required) | impossible(known).T
+
+
 def orient(pag: Int8[np.ndarray, "V V"], known: Knowledge) -> Int8[np.ndarray, "V V"]:
     """A partial ancestral graph with the marks that required edges and tiers fix; what would follow from those marks is not worked out."""
     pag = pag.copy()

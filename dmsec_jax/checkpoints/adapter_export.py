@@ -16,11 +16,12 @@ import numpy as np
 from dmsec_jax.checkpoints.adapters import DOTTED, KOHYA, layer_of, torch_layout
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.files import write_json
+from dmsec_jax.core.files import atomic_folder, write_json
 from dmsec_jax.core.trees import flatten
 from dmsec_jax.core.types import Params
 
 LAYOUTS = ("diffusers", "kohya")
+OFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def write_lora(
@@ -83,7 +84,7 @@ def write_oft(
         dtype, metadata: as of `write_lora`.
 
     Raises:
-        ValueError: on a tree without OFT or with anything else, or layers of different numbers of blocks.
+        ValueError: on a tree without OFT or with anything else, layers of different numbers of blocks, or a folder of something else.
         OSError: if a file cannot be written.
     """
     tensors, layers, counts = {}, [], set()
@@ -100,8 +101,10 @@ def write_oft(
     config: dict[str, Any] = {"peft_type": "OFT", "r": counts.pop(), "oft_block_size": 0, "target_modules": layers}
     config |= {"use_cayley_neumann": False, "coft": False, "block_share": False, "bias": "none", "task_type": None}
     notes = {"format": "pt"} | dict(metadata or {})
-    write_tensors(Path(folder) / "adapter_model.safetensors", tensors, dtype=dtype, metadata=notes)
-    write_json(Path(folder) / "adapter_config.json", config)
+    weights, description = OFT_FILES
+    with atomic_folder(folder, description) as part:
+        write_tensors(part / weights, tensors, dtype=dtype, metadata=notes)
+        write_json(part / description, config)
 
 
 def write_difference(

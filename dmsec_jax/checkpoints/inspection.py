@@ -101,7 +101,7 @@ def inspect(path: str | Path, base: str | Path | None = None) -> Account:
 
 def _folder(path: Path) -> Account:
     parts, problems, configs, facts = [], [], {}, {}
-    for name, component in _components(path).items():
+    for name, component in components(path).items():
         try:
             cfg = diffusers.read_component_config(path, name)
             state = read_weights(path / name, component.stem)
@@ -114,7 +114,7 @@ def _folder(path: Path) -> Account:
         parts.append(_part(name, state, component.class_name))
     try:
         index = diffusers.check_index(path)
-        if len(configs) == len(_components(path)):
+        if len(configs) == len(components(path)):
             diffusers.check_widths(Preset(**configs, scheduler={}), str(path))
         facts["predicts"] = str(
             read_json(path / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
@@ -128,8 +128,13 @@ def _folder(path: Path) -> Account:
     return Account("diffusers folder", _family(width), facts, tuple(parts), {}, tuple(problems))
 
 
-def _components(path: Path) -> dict[str, diffusers.Component]:
-    return diffusers.XL if (path / "text_encoder_2").is_dir() else diffusers.COMPONENTS
+def components(path: Path) -> dict[str, diffusers.Component]:
+    """Those that the index names, as `diffusers.read_preset` takes them; a folder may hold more than it does."""
+    try:
+        named = read_json(path / diffusers.INDEX).get("text_encoder_2") not in (None, [None, None])
+    except (ValueError, OSError):  # reported where the index is checked
+        named = (path / "text_encoder_2").is_dir()
+    return diffusers.XL if named else diffusers.COMPONENTS
 
 
 def _single_file(

@@ -77,10 +77,10 @@ def model_of(
 
 def require_known(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> None:
     """Raises ValueError unless both are given, which the file itself does not hold, and no link leads out of the tokenizer's folder."""
-    cure = f"pass prediction_type={' or '.join(map(repr, KINDS))}, as its author says; weights do not tell"
     known = " or ".join(KINDS)
+    cure = f"give --prediction-type {known}, as its author says (in Python, prediction_type=); weights do not tell"
     require(prediction_type in KINDS, f"the prediction type of {path}", known, repr(prediction_type), cure)
-    cure = "pass tokenizer=, the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
+    cure = "give --tokenizer (in Python, tokenizer=), the folder of one, for example .../tokenizer of a diffusers folder of Stable Diffusion"
     require(tokenizer is not None, f"the tokenizer of {path}", "given, since a single file has none", None, cure)
     links.require_inside(tokenizer)
 
@@ -106,6 +106,11 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 def is_single_file(keys: Collection[str]) -> bool:
     """Whether tensors of these names are a whole model."""
     return any(key.removeprefix("state_dict.").startswith(ldm.UNET) for key in keys)
+
+
+def has_average(path: Path) -> bool:
+    """Whether there is a file here that holds the running average of a UNet; raises like `read`."""
+    return path.is_file() and any(key.startswith(ldm.EMA) for key in read(path))
 
 
 def preset_of(state: Mapping[str, np.ndarray], name: str, prediction_type: str) -> Preset:

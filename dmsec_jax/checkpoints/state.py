@@ -57,6 +57,11 @@ class Checkpoints:
         self.folder, self._note, self._read_only = Path(folder).resolve(), note, read_only
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    @property
+    def steps(self) -> list[int]:
+        """The saved steps, whether they can be read or not."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves any pytree of arrays, typed keys included; `metadata` is anything that JSON holds.
 
@@ -96,11 +101,11 @@ class Checkpoints:
             ValueError: if the metadata differ, which names the entries, or if the checkpoint holds another tree, which
                 lists every leaf that differs.
         """
-        saved = list(self._manager.all_steps())
+        saved = self.steps
         if step is not None:
             require(step in saved, "step", f"one of {saved}", step, "choose a saved step")
             return self._restore(like, step, metadata)
-        for newest in sorted(saved, reverse=True):
+        for newest in reversed(saved):
             try:
                 return self._restore(like, newest, metadata)
             except Damaged as error:
@@ -111,9 +116,7 @@ class Checkpoints:
         place = f"checkpoint {step} of {self.folder}"
         with _damage_named(place):
             note = self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
-        others = [
-            key for name in metadata or {} for key in _differing(note["metadata"].get(name), metadata[name], name)
-        ]
+        others = [key for name in metadata or {} for key in differing(note["metadata"].get(name), metadata[name], name)]
         cure = f"choose another output folder, or remove {self.folder} to start anew"
         require(not others, place, "one of this run", f"another {', '.join(others)}", cure)
         saved, wanted = note["structure"], _structure(like)
@@ -150,11 +153,11 @@ class Checkpoints:
         self.close()
 
 
-def _differing(saved: Any, wanted: Any, name: str) -> list[str]:
+def differing(saved: Any, wanted: Any, name: str) -> list[str]:
     """Dotted names, below `name`, of the entries that differ."""
     if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
         names = sorted(saved.keys() | wanted.keys())
-        return [key for part in names for key in _differing(saved.get(part), wanted.get(part), f"{name}.{part}")]
+        return [key for part in names for key in differing(saved.get(part), wanted.get(part), f"{name}.{part}")]
     return [] if saved == wanted else [name]
 
 

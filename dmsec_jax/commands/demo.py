@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dmsec_jax import pipeline, tuning
 from dmsec_jax.audit import Subject
-from dmsec_jax.commands import authenticate, extract, masks, protect, stages
+from dmsec_jax.commands import authenticate, extract, finetune, masks, protect, stages
 from dmsec_jax.commands.extract import Settings
 from dmsec_jax.commands.places import require_apart
 from dmsec_jax.core import config
@@ -33,6 +33,8 @@ TRAINED = 10
 """Pictures trained on, by default."""
 PURIFIERS = ("jpeg", "blur", "autoencoder", "noisy-upscaling")
 """Tried on the protected pictures: two for everybody, two that take the model."""
+FOLDERS = ("model", "pictures", "authentication", "protection", "stages")
+"""What `out` holds."""
 IMITATION_STEPS = 200
 """Of each fine-tuning on clean, noised and protected pictures."""
 
@@ -77,6 +79,7 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     extract.check(cfg.settings)
     authenticate.check(authenticate.DEFAULT, cfg.membership)
+    finetune.check_out(cfg.out, FOLDERS, cfg.model)
     chosen = tuning.read(cfg.recipe, cfg.set)
     written = [cfg.out / name / "pictures" for name in ("", "authentication", "protection")]
     require_apart(written, images=cfg.images, holdout=cfg.holdout)

@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dmsec_jax import discovery
 from dmsec_jax.causal.background import Background
-from dmsec_jax.checkpoints import skeleton
 from dmsec_jax.commands.places import require_free
 from dmsec_jax.core import config
 from dmsec_jax.core.checks import fail, require
@@ -90,7 +89,7 @@ def run(cfg: Config) -> int:
         omega=model.omega_,
         bic=model.bic_,
         bics=model.bics_,
-        calibration=tuple(skeleton.read(cfg.posterior).card.get("calibration", ())),
+        calibration=model.calibration_,
         notes=model.notes_,
         command=page.command_line(sys.argv[1:]),
         config=config.to_dict(cfg) | {"posterior": cfg.posterior.name},

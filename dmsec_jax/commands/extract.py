@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from dmsec_jax import audit, pipeline
 from dmsec_jax.audit import Subject
+from dmsec_jax.checkpoints import single_file
 from dmsec_jax.checkpoints.unfinished import Store
 from dmsec_jax.commands.places import require_apart, require_free
 from dmsec_jax.core import config, spread
@@ -203,11 +204,15 @@ def extract(
 def both(
     base: Path, model: Path, reading: pipeline.Reading, pictures: Path, strength: float, words: Sequence[Path]
 ) -> tuple[pipeline.Pipeline, pipeline.Pipeline]:
-    """The base model and the one that was made from it; what a single file predicts is judged by the pictures in a folder."""
+    """The base model and the one that was made from it; what a single file predicts is judged by the pictures in a folder.
+
+    A variant is the base's alone, and so is an average of weights where only the base holds one.
+    """
     look = lambda side: images.read_folder(pictures, side).images
     first = pipeline.load(base, **vars(reading), pictures=look)
-    options = {name: getattr(reading, name) for name in ("variant", "weights", "allow_partial")}
-    second = pipeline.load_tuned(model, first, strength=strength, **options)
+    of_base_alone = first.folder.is_file() and not single_file.has_average(model)
+    weights = "model" if of_base_alone else reading.weights
+    second = pipeline.load_tuned(model, first, strength=strength, weights=weights, allow_partial=reading.allow_partial)
     return pipeline.with_words(first, words), pipeline.with_words(second, words)
 
 

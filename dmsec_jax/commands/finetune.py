@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from dmsec_jax import monitoring, pipeline, tuning
 from dmsec_jax.checkpoints import diffusers, single_file
-from dmsec_jax.checkpoints.adapter_export import write_lora, write_oft
+from dmsec_jax.checkpoints.adapter_export import OFT_FILES, write_lora, write_oft
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config, trees
@@ -29,7 +30,7 @@ from dmsec_jax.finetune import monitor, oft
 from dmsec_jax.finetune.monitor import Measures
 from dmsec_jax.finetune.progress import progress_bar
 from dmsec_jax.pipeline import Pipeline
-from dmsec_jax.report import page, training
+from dmsec_jax.report import page, result, training
 from dmsec_jax.report.training import Training
 from dmsec_jax.report.training_data import Course, Sheet
 from dmsec_jax.tuning import TRAINABLE, Recipe
@@ -66,7 +67,7 @@ class Config:
     text_encoder: bool = False
     """Train the text encoder too."""
     sample_every: int = 100
-    """Steps between sample sheets, each of which the monitor looks at; 0 draws none."""
+    """Steps between sample sheets, each of which the monitor looks at, a multiple of the recipe's chunk_steps; 0 draws none."""
     sight: tyro.conf.OmitArgPrefixes[monitoring.Sight] = monitoring.Sight()
     stop_at: Literal["never", "corrupting", "copying"] = "never"
     """End the training when the monitor finds this stage, or one beyond it."""
@@ -79,6 +80,8 @@ SAMPLES = 8
 """Pictures on a sample sheet."""
 FOLDERS = ("checkpoints", "model", "pictures", "samples")
 """What `out` holds."""
+TUNERS = {"full": "full weights", "lora": "LoRA", "oft": "OFT"}
+"""What is trained, as in results and for people."""
 LORA_FILES = {"diffusers": "lora.safetensors", "kohya": "lora-kohya.safetensors"}
 """What `out` holds besides after LoRA: the factors alone, for `load_lora_weights` and for A1111."""
 OFT_FOLDER = "oft-{}"
@@ -112,6 +115,8 @@ def run(cfg: Config) -> int:
         ) as checkpoints,
         progress_bar(chosen.tune.num_steps, per_step, console) as bar,
     ):
+        if not checkpoints.steps:
+            sheets.clear()
 
         def on_chunk(done, info, state):
             bar(done, info, state)
@@ -165,6 +170,12 @@ class _Sheets:
                 self.measures[step] = monitoring.read(self._path(step, "json"))
                 sheet = decode(read_bounded(self._path(step, "png"), MAX_BYTES))[0]
                 self.samples[step] = images.ungrid(images.from_uint8(np.asarray(sheet)), base.pixels)
+
+    def clear(self) -> None:
+        """Forgets and removes the sheets of an earlier run."""
+        self.samples, self.measures = {}, {}
+        folder = self.cfg.out / "samples"
+        result.drop(folder, [path.name for kind in ("png", "json") for path in folder.glob(f"step-*.{kind}")])
 
     def _path(self, step: int, kind: str) -> Path:
         return self.cfg.out / "samples" / f"step-{step:06d}.{kind}"
@@ -220,18 +231,17 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     require(watched, "stop_at", "never without samples", cfg.stop_at, "give --sample-every")
     possible = cfg.sheets == "mean" or (chosen.bayes is not None and chosen.bayes.noise != "dropout")
     require(possible, "sheets", "mean without a posterior", cfg.sheets, "name a selection with --bayes")
-    for place in (*reversed(cfg.out.parents), cfg.out, *(cfg.out / name for name in FOLDERS)):
-        require(place.is_dir() or not place.exists(), str(place), "a folder", "a file", "choose another --out")
+    check_out(cfg.out, FOLDERS, cfg.model)
     cfg.sight.check(cfg.prompt)
-    model = cfg.out / "model"
-    ours = not model.exists() or (model / diffusers.INDEX).is_file() or not any(model.iterdir())
-    require(ours, str(model), "a model folder or nothing", "something else", "choose another --out")
-    other = cfg.model.resolve() != model.resolve()
-    require(other, "model", "another than the one that is written", str(cfg.model), "choose another --out")
     preset, tokenizer = pipeline.peek(cfg.model, cfg.reading)
     shapes = {name: diffusers.shapes(name, getattr(preset, diffusers.COMPONENTS[name].field)) for name in TRAINABLE}
     noise = schedule.from_scheduler_json(preset.scheduler, f"{cfg.model}/scheduler/scheduler_config.json")
     tuning.check(chosen, shapes if cfg.text_encoder else shapes["unet"], noise)
+    every, chunk = cfg.sample_every, chosen.chunk_steps
+    cure = f"round it, or give --set chunk_steps={every}"
+    require(every % chunk == 0, "sample_every", f"a multiple of chunk_steps={chunk}, or 0", every, cure)
+    looks = cfg.stop_at == "never" or every <= chosen.tune.num_steps
+    require(looks, "stop_at", f"never in {chosen.tune.num_steps} steps without a sample", cfg.stop_at, "sample earlier")
     size = preset.unet.sample_size * preset.vae.factor
     pictures = images.read_folder(cfg.images, size)
     prompts = [caption or cfg.prompt for caption in pictures.captions]
@@ -239,6 +249,17 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     longest = min(words.max_length, preset.text.max_position_embeddings)
     dataclasses.replace(words, max_length=longest).encode([cfg.prompt, cfg.prior_prompt or "", *prompts])
     return Inputs(pictures, prompts, None if cfg.prior_images is None else images.read_folder(cfg.prior_images, size))
+
+
+def check_out(out: Path, folders: Sequence[str], base: Path) -> None:
+    """Raises ValueError where `out` cannot hold these folders, or a model in `model` without overwriting something else or `base`."""
+    for place in (*reversed(out.parents), out, *(out / name for name in folders)):
+        require(place.is_dir() or not place.exists(), str(place), "a folder", "a file", "choose another --out")
+    model = out / "model"
+    ours = not model.exists() or (model / diffusers.INDEX).is_file() or not any(model.iterdir())
+    require(ours, str(model), "a model folder or nothing", "something else", "choose another --out")
+    other = base.resolve() != model.resolve()
+    require(other, "model", "another than the one that is written", str(base), "choose another --out")
 
 
 def _prior(key, base: Pipeline, cfg: Config, given: ImageSet | None) -> tuple[np.ndarray, list[str]] | None:
@@ -286,6 +307,10 @@ def _write(
             write_lora(cfg.out / name, parts, ratio, layout)
     if tuned.sigma is not None:
         _write_tree(cfg.out / "posterior.safetensors", tuned.sigma, {"holds": "sigma of the trainable tree's leaves"})
+    earlier = result.earlier(cfg.out)
+    if earlier is not None and earlier.method in TUNERS:
+        with contextlib.suppress(KeyError, TypeError):  # not as we write it, so nothing of ours lies beside it
+            result.drop(cfg.out, _beside(earlier.config) - _beside(_settings(cfg, chosen)))
     about = _description(chosen, tuned.trainable, tuned.sigma)
     course = sheets.course(tuned.info.loss, tuned.done)
     account = _account(cfg, base, pictures, chosen, about, course, {"fine-tuning": tuned.seconds})
@@ -304,11 +329,30 @@ def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tu
         course=course,
         notes=(*pipeline.misfits("starting", base), *pictures.notes, *(cfg.sight.notes if course.measures else ())),
         command=page.command_line(sys.argv[1:]),
-        config=config.to_dict(cfg) | {"recipe": config.to_dict(chosen)},
+        config=_settings(cfg, chosen),
         seeds={"seed": cfg.seed},
         seconds=seconds,
         inputs={**base.inputs("base"), **dict(zip(pictures.names, pictures.sha256, strict=True))},
     )
+
+
+def _settings(cfg: Config, chosen: Recipe) -> dict[str, Any]:
+    """As `result.json` holds them."""
+    return config.to_dict(cfg) | {"recipe": config.to_dict(chosen)}
+
+
+def _beside(settings: Mapping[str, Any]) -> set[str]:
+    """The files beside the model folder that a run with these settings writes."""
+    recipe = settings["recipe"]
+    names = {"model.safetensors"} if settings["single_file"] else set()
+    if recipe["lora"]:
+        names |= set(LORA_FILES.values())
+    if recipe["oft"]:
+        parts = TRAINABLE if settings["text_encoder"] else ("unet",)
+        names |= {f"{OFT_FOLDER.format(part)}/{name}" for part in parts for name in OFT_FILES}
+    if recipe["bayes"] and recipe["bayes"]["noise"] != "dropout":
+        names.add("posterior.safetensors")
+    return names
 
 
 def _write_tree(path: Path, tree, note: dict[str, str]) -> None:
@@ -325,7 +369,6 @@ def _posterior_case(chosen: Recipe) -> dict[str, str]:
 
 def _description(chosen: Recipe, trainable: Params, sigma: Params | None) -> str:
     """What is trained, for people."""
-    kinds = {"full": "full weights", "lora": "LoRA", "oft": "OFT"}
-    kind = kinds[tuning.tuner_of(chosen)] + (f" of rank {chosen.lora.rank}" if chosen.lora is not None else "")
+    kind = TUNERS[tuning.tuner_of(chosen)] + (f" of rank {chosen.lora.rank}" if chosen.lora is not None else "")
     text = f"{kind}, {trees.count(trainable):,} parameters"
     return text if sigma is None else f"{text}, {trees.count(sigma):,} of them with a posterior"

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from dmsec_jax.checkpoints import hub
-from dmsec_jax.checkpoints.inspection import Account, inspect
+from dmsec_jax.checkpoints.inspection import Account, components, inspect
 from dmsec_jax.core.files import read_json, sha256
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.diffusion import schedule
@@ -66,7 +66,7 @@ def _beside(folder: Path) -> list[tuple[str, str]]:
         lambda: schedule.from_scheduler_json(read_json(folder / "scheduler" / "scheduler_config.json"), "scheduler"),
         lambda: Tokenizer.load(folder / "tokenizer"),
     ]
-    if (folder / "text_encoder_2").is_dir():
+    if "text_encoder_2" in components(folder):
         readers.append(lambda: Tokenizer.load(folder / "tokenizer_2"))
     for what in readers:
         try:

@@ -1,9 +1,12 @@
 """`dmsec pretrain`: trains what ships: the embedded model (tokenizer, autoencoder, text encoder, denoiser) or the skeleton posterior."""
 
 import dataclasses
+import json
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dmsec_jax.checkpoints import diffusers, io
 from dmsec_jax.checkpoints import skeleton as stored
-from dmsec_jax.checkpoints.state import Checkpoints
+from dmsec_jax.checkpoints.state import Checkpoints, differing
 from dmsec_jax.core import config, trees
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import sha256
 from dmsec_jax.data.tokens import Tokenizer
+from dmsec_jax.finetune import driver
 from dmsec_jax.pretrain import card, corpus, skeleton, stages
+from dmsec_jax.report import page
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+FINISHED = "autoencoder.safetensors"
+"""The first stage's outcome in the work folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +53,7 @@ class Config:
     history: str = ""
     """A sentence for the model card, if this training differed from its recipe."""
     snapshot: bool = False
-    """Train nothing: write the model from the newest checkpoints."""
+    """Train nothing: write the model from the finished autoencoder and the newest checkpoint of the denoiser."""
 
 
 def run(cfg: Config) -> int:
@@ -56,6 +64,7 @@ def run(cfg: Config) -> int:
 def _skeleton(cfg: Config, console: Console) -> int:
     """The posterior over skeletons."""
     recipe = config.load(skeleton.Recipe, cfg.recipe or Path("configs/spot/skeleton.yaml"), cfg.set)
+    driver.require_chunks(recipe.chunk_steps, 0)
     out, total = cfg.out or Path("out/skeleton"), recipe.train.num_steps
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
@@ -79,59 +88,90 @@ def _model(cfg: Config, console: Console) -> int:
     recipe_path = cfg.recipe or Path("configs/pretrain/emoji.yaml")
     cfg = dataclasses.replace(cfg, work=cfg.work or Path("out/pretrain"), out=cfg.out or Path("out/emoji-ldm"))
     recipe = config.load(stages.Recipe, recipe_path, cfg.set)
+    driver.require_chunks(recipe.chunk_steps, recipe.save_every)
+    require(recipe.save_every > 0, "save_every", "above 0", recipe.save_every, "use a multiple of chunk_steps")
+    photos, cutouts = _pictures(cfg.photos, "*"), _pictures(cfg.cutouts, "**/*")
+    used = cfg.start is None or not (photos or cutouts)
+    require(
+        used, "photos, cutouts", "left out with a model to start from", "given", "its autoencoder is trained already"
+    )
     icons = corpus.read_icons(corpus.install(cfg.work / "npm"))
-    words = _words(cfg, icons, recipe)
+    words = stages.tokenizer(icons, recipe) if cfg.start is None else Tokenizer.load(cfg.start / "tokenizer")
+    words.save(cfg.work / "tokenizer")
     report = _Report(console, cfg.work / "log.csv")
-    earlier = None if cfg.start is None else jax.tree.map(jnp.asarray, dict(diffusers.read_model(cfg.start).params))
-    vae_params = _autoencoder(cfg, recipe, icons, report) if earlier is None else earlier["vae"]
-    if cfg.snapshot:
-        params = _newest(cfg, recipe, words)
+    if cfg.start is None:
+        earlier, vae_params = None, _autoencoder(cfg, recipe, icons, photos, cutouts, report)
     else:
-        start = None if earlier is None else {name: earlier[name] for name in ("unet", "text_encoder")}
-        params = stages.train_denoiser(recipe, icons, words, vae_params, cfg.work, report, start)
+        earlier = jax.tree.map(jnp.asarray, dict(diffusers.read_model(cfg.start).params))
+        vae_params = earlier.pop("vae")
+    origin = {
+        "seed": recipe.seed,
+        "denoiser": config.to_dict(recipe.denoiser),
+        "tokenizer": sha256(cfg.work / "tokenizer"),
+        "start": sha256(cfg.work / FINISHED if cfg.start is None else cfg.start),
+    }
+    if cfg.snapshot:
+        params = _newest(cfg, recipe, words, origin)
+    else:
+        params = stages.train_denoiser(recipe, icons, words, vae_params, cfg.work, report, origin, earlier)
     model = diffusers.Model(
         configs=stages.preset(words), params={**params, "vae": vae_params}, tokenizer=cfg.work / "tokenizer"
     )
     diffusers.write_model(cfg.out, model, "float16", metadata={"producer": "dmsec pretrain"})
-    card.write(cfg.out, icons, cfg.work / "log.csv", cfg.history)
+    given = card.Origin(
+        command=page.command_line(sys.argv[1:]),
+        photos=len(photos),
+        cutouts=len(cutouts),
+        start=None if cfg.start is None else origin["start"],
+        history=cfg.history,
+    )
+    card.write(cfg.out, icons, cfg.work / "log.csv", given)
     console.print(f"Model: {cfg.out}")
     return 0
 
 
-def _words(cfg: Config, icons, recipe: stages.Recipe) -> Tokenizer:
-    """The tokenizer of the model to start from, or of this work folder, or a newly trained one; kept in the work folder."""
-    kept = cfg.work / "tokenizer"
-    if cfg.start is not None:
-        words = Tokenizer.load(cfg.start / "tokenizer")
-    elif kept.is_dir():
-        words = Tokenizer.load(kept)
+def _pictures(folder: Path | None, pattern: str) -> list[Path]:
+    """The pictures in a folder, sorted; none without one."""
+    if folder is None:
+        return []
+    found = sorted(path for path in folder.glob(pattern) if path.suffix.lower() in PICTURES)
+    require(bool(found), str(folder), "a folder of pictures", "none", "correct the path")
+    return found
+
+
+def _autoencoder(cfg: Config, recipe: stages.Recipe, icons, photos: list[Path], cutouts: list[Path], report) -> dict:
+    """The finished autoencoder of an earlier run of the same origin, or a newly trained one."""
+    finished = cfg.work / FINISHED
+    origin = {
+        "seed": recipe.seed,
+        "autoencoder": config.to_dict(recipe.autoencoder),
+        "photos": [sha256(path) for path in photos],
+        "cutouts": [sha256(path) for path in cutouts],
+    }
+    if finished.is_file():
+        _require_origin(finished, origin)
     else:
-        words = stages.tokenizer(icons, recipe)
-    words.save(kept)
-    return words
-
-
-def _autoencoder(cfg: Config, recipe: stages.Recipe, icons, report) -> dict:
-    """The finished autoencoder of an earlier run, or a newly trained one."""
-    finished = cfg.work / "autoencoder.safetensors"
-    if not finished.is_file():
-        files = lambda folder, deep: sorted(
-            path for path in (folder.rglob("*") if deep else folder.iterdir()) if path.suffix.lower() in PICTURES
-        )
-        for folder in (cfg.photos, cfg.cutouts):
-            require(folder is None or folder.is_dir(), str(folder), "a folder of pictures", "none", "correct the path")
-        photos = files(cfg.photos, False) if cfg.photos else []
-        cutouts = files(cfg.cutouts, True) if cfg.cutouts else []
+        require(not cfg.snapshot, str(finished), "there for a snapshot", "no finished autoencoder", "train first")
         pictures = corpus.autoencoder_corpus(icons, photos, cutouts, 64, recipe.seed)
-        params = stages.train_autoencoder(recipe, icons, pictures, cfg.work, report)
-        io.write_tensors(finished, {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()})
+        params = stages.train_autoencoder(recipe, icons, pictures, cfg.work, report, origin)
+        tensors = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+        io.write_tensors(finished, tensors, metadata={"origin": json.dumps(origin)})
     return trees.unflatten(io.read_tensors(finished))
 
 
-def _newest(cfg: Config, recipe: stages.Recipe, words) -> dict:
+def _require_origin(finished: Path, origin: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming what differs, unless the file was made by the same recipe from the same pictures."""
+    written = json.loads(io.read_metadata(finished).get("origin", "null"))
+    others = ", ".join(differing(written, origin, "origin"))
+    cure = f"choose another --work, or remove {finished} and the folder autoencoder beside it"
+    require(not others, str(finished), "of this run", f"another {others}", cure)
+
+
+def _newest(cfg: Config, recipe: stages.Recipe, words, origin: Mapping[str, Any]) -> dict:
     """The averaged denoiser of the newest checkpoint."""
     with Checkpoints(cfg.work / "denoiser", read_only=True) as checkpoints:
-        found = checkpoints.restore(stages.denoiser_shapes(recipe, words))
+        of_run = {"stage": "denoiser", "origin": origin}
+        found = checkpoints.restore(stages.denoiser_shapes(recipe, words), metadata=of_run)
     require(found is not None, str(cfg.work / "denoiser"), "a folder with a checkpoint", "none", "train first")
     return found.tree.ema
 

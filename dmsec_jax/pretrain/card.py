@@ -1,6 +1,7 @@
 """The embedded model's card: where it came from and how good it is, measured on the finished folder."""
 
 import csv
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmsec_jax import pipeline
+from dmsec_jax.core.files import write_atomically
 from dmsec_jax.data.images import from_uint8, grid, read_folder, save_png
 from dmsec_jax.diffusion.loss import grid_loss
 from dmsec_jax.diffusion.schedule import alpha_bars
@@ -31,18 +33,14 @@ A nano Stable Diffusion for tests, demonstrations and benchmarks: 64 px icons, l
 It knows icons and nothing else, and its figures say nothing about large models.
 
 ## Data and licences
-Noto Emoji (Google, Apache-2.0, npm `emoji-datasource-google` 16.0.0), Twemoji (Twitter and contributors, CC-BY-4.0, npm
-`emoji-datasource-twitter` 16.0.0) and Fluent Emoji (Microsoft, MIT, npm `@lobehub/fluent-emoji-3d` 1.1.0): {concepts} icons of {names} concepts
-with prompts such as "{example}". The autoencoder also saw all other icons of the three styles, photographs of scikit-image (CC0, BSD) and
-photo cut-outs of Tux Paint's stamps (GPL-2, used as training data only). OpenMoji was never shown. {held} icons were held out.
-The weights are released under CC-BY-4.0, the most demanding of the picture licences.
+{data}
 
 ## Training
-`dmsec pretrain --recipe configs/pretrain/emoji.yaml --photos DIR --cutouts DIR`, two CPU cores. {minutes}
+`{command}` {minutes}
 {history}
 
 ## Quality
-Measured by `dmsec pretrain --snapshot` on the folder as written (float16 weights).
+Measured on the folder as written (float16 weights).
 
 | autoencoder, round trip | PSNR (dB) | SSIM | pictures |
 |---|---|---|---|
@@ -61,12 +59,62 @@ animals above, their round trip below.
 """
 
 
-def write(folder: str | Path, icons: Sequence[Icon], log: str | Path, history: str = "") -> None:
+SOURCES = {
+    "noto": "Noto Emoji (Google, Apache-2.0, npm `emoji-datasource-google`)",
+    "twemoji": "Twemoji (Twitter and contributors, CC-BY-4.0, npm `emoji-datasource-twitter`)",
+    "fluent": "Fluent Emoji (Microsoft, MIT, npm `@lobehub/fluent-emoji-3d`)",
+}
+"""Style -> where its icons come from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a training was given, besides icons.
+
+    command: the command line.
+    photos, cutouts: how many pictures of each the autoencoder saw.
+    start: SHA-256 of the model it went on from, whose autoencoder it kept; None for random weights.
+    history: a sentence on how it differed from its recipe, empty if it did not.
+    """
+
+    command: str
+    photos: int = 0
+    cutouts: int = 0
+    start: str | None = None
+    history: str = ""
+
+
+def data(icons: Sequence[Icon], origin: Origin) -> str:
+    """What the model was trained on, and under which licences: only what this training was given."""
+    learned = corpus.concepts(icons)
+    trained, held = sum(not icon.held_out for icon in learned), sum(icon.held_out for icon in icons)
+    styles = {icon.style for icon in icons}
+    sources = ", ".join(source for style, source in SOURCES.items() if style in styles)
+    names = len({icon.code for icon in learned})
+    lines = [
+        f'{sources}: {trained} icons of {names} concepts with prompts such as\n"{learned[0].captions[0]}"; {held} icons were held out.'
+    ]
+    others = {"photographs": origin.photos, "cut-out pictures": origin.cutouts}
+    given = " and ".join(f"{count} {name}" for name, count in others.items() if count)
+    if origin.start is None:
+        lines.append(f"The autoencoder also saw all other icons of these styles{f', and {given}' if given else ''}.")
+    else:
+        lines.append(
+            f"It went on from the model of SHA-256 `{origin.start}`, whose autoencoder it has; what that had seen is not known here."
+        )
+    lines.append("No icon of OpenMoji was shown.")
+    if "twemoji" in styles:
+        lines.append("The most demanding licence of the icons is CC-BY-4.0.")
+    if given:
+        lines.append(f"The licences of the {given} are not known here, and bind as well.")
+    return "\n".join(lines)
+
+
+def write(folder: str | Path, icons: Sequence[Icon], log: str | Path, origin: Origin) -> None:
     """Measures the model in `folder` and writes `README.md`, `samples.png` and `reconstructions.png` beside it.
 
     Args:
         log: CSV of stage, steps done, seconds, loss, one line a chunk.
-        history: a sentence on how this training differed from its recipe, empty if it did not.
     """
     folder = Path(folder)
     model = pipeline.load(folder)
@@ -88,29 +136,26 @@ def write(folder: str | Path, icons: Sequence[Icon], log: str | Path, history: s
     _sheets(folder, model, sets, trips)
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6 for name, tree in model.params.items()}
     row = lambda values: " | ".join(f"{value:.3f}" for value in values)
-    (folder / "README.md").write_text(
-        TEXT.format(
-            unet=counts["unet"],
-            vae=counts["vae"],
-            text=counts["text_encoder"],
-            concepts=sum(not icon.held_out for icon in learned),
-            names=len({icon.code for icon in learned}),
-            example=learned[0].captions[0],
-            held=len(held),
-            minutes=_minutes(log),
-            history=history,
-            roundtrip="\n".join(lines),
-            timesteps=" | ".join(map(str, TIMESTEPS)),
-            bars="---|" * len(TIMESTEPS),
-            v_loss=row(v_loss),
-            eps_loss=row(eps_loss),
-            count=len(held_concepts),
-            held_concepts=len(held_concepts),
-            kid=f"{kid.value:.4f} +- {kid.standard_error:.4f}",
-            floor=f"{floor.value:.4f} +- {floor.standard_error:.4f}",
-            prompts=len(PROMPTS),
-        )
+    text = TEXT.format(
+        unet=counts["unet"],
+        vae=counts["vae"],
+        text=counts["text_encoder"],
+        minutes=_minutes(log),
+        data=data(icons, origin),
+        command=origin.command,
+        history=origin.history,
+        roundtrip="\n".join(lines),
+        timesteps=" | ".join(map(str, TIMESTEPS)),
+        bars="---|" * len(TIMESTEPS),
+        v_loss=row(v_loss),
+        eps_loss=row(eps_loss),
+        count=len(held_concepts),
+        held_concepts=len(held_concepts),
+        kid=f"{kid.value:.4f} +- {kid.standard_error:.4f}",
+        floor=f"{floor.value:.4f} +- {floor.standard_error:.4f}",
+        prompts=len(PROMPTS),
     )
+    write_atomically(folder / "README.md", text.encode())
 
 
 def pictures_of(icons: Sequence[Icon]) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dmsec_jax.core.checks import require
+from dmsec_jax.core.checks import fail, require
 
 PACKAGES = ("emoji-datasource-google@16.0.0", "emoji-datasource-twitter@16.0.0", "@lobehub/fluent-emoji-3d@1.1.0")
 STYLES = ("noto", "twemoji", "fluent")
@@ -49,13 +49,24 @@ class Icon:
 
 
 def install(folder: str | Path) -> Path:
-    """Installs the icon packages with npm below `folder`; returns the `node_modules` path. A second call is instant."""
+    """Installs the icon packages with npm below `folder`; returns the `node_modules` path. A second call is instant.
+
+    Raises:
+        ValueError: if npm fails, or is not there.
+    """
     folder = Path(folder)
     modules = folder / "node_modules"
     missing = [spec for spec in PACKAGES if not (modules / spec.rpartition("@")[0]).is_dir()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), *missing], check=True)
+        # pictures need no scripts, and those of a package would run with our rights
+        options = ["--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder)]
+        try:
+            subprocess.run(["npm", "install", *options, *missing], check=True)
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            raise fail(
+                "npm install", "able to install the icons", error, "see its message above, or install npm"
+            ) from error
     return modules
 
 

@@ -12,13 +12,15 @@ import numpy as np
 from PIL import Image
 
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.files import write_atomically
 from dmsec_jax.data.images import save_png
 from dmsec_jax.pretrain.corpus import composite
 
 PACKAGE = "openmoji@17.0.0"
-# Re-colourings and parts of other pictures would make a "different picture" that is nearly the same.
+# Re-colourings and parts of other pictures would make a "different picture" that is nearly the same. The black cat and the phoenix are such, too,
+# but were candidates when the split was drawn, which fell on neither; without them the same seed would draw another.
 NEAR_DUPLICATES = {
-    "guide dog", "service dog", "black cat" "phoenix", "polar bear", "two-hump camel", "pig nose", "paw prints",
+    "guide dog", "service dog", "polar bear", "two-hump camel", "pig nose", "paw prints",
     "feather", "wing", "spider web", "spiral shell", "coral", "microbe", "front-facing baby chick", "hatching chick", "black bird",
 }  # fmt: skip
 ATTRIBUTION = """# OpenMoji animals, 64 px
@@ -69,7 +71,8 @@ def build(modules: str | Path, out: str | Path, members: int = 20, holdouts: int
         (Path(out) / split).mkdir(parents=True, exist_ok=True)
         save_png(Path(out) / file, picture)
         authors.append(f"- `{file}`: {author}")
-    (Path(out) / "README.md").write_text(ATTRIBUTION.format(package=PACKAGE, authors="\n".join(authors)))
+    text = ATTRIBUTION.format(package=PACKAGE, authors="\n".join(authors))
+    write_atomically(Path(out) / "README.md", text.encode())
 
 
 if __name__ == "__main__":

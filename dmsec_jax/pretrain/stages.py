@@ -1,9 +1,10 @@
 """The two stages of pre-training, each resumable: autoencoder, then denoiser with text encoder on cached latents."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,12 @@ def preset(words: Tokenizer) -> Preset:
 
 
 def train_autoencoder(
-    recipe: Recipe, icons: Sequence[Icon], pictures: np.ndarray, folder: Path, on_chunk: OnChunk
+    recipe: Recipe,
+    icons: Sequence[Icon],
+    pictures: np.ndarray,
+    folder: Path,
+    on_chunk: OnChunk,
+    origin: Mapping[str, Any],
 ) -> dict:
     """Parameters of the trained autoencoder with standardised latents.
 
@@ -58,6 +64,10 @@ def train_autoencoder(
         icons: those that the denoiser will learn give the moments for the standardisation.
         pictures: `corpus.autoencoder_corpus`, uint8.
         folder: for checkpoints; an interrupted training goes on from there.
+        origin: what decides the result, as JSON values.
+
+    Raises:
+        ValueError: if the checkpoints there are of another origin.
     """
     cfg, key = recipe.autoencoder, jax.random.key(recipe.seed)
     key_init, key_run = jax.random.split(key)
@@ -72,6 +82,7 @@ def train_autoencoder(
         cfg.num_steps,
         folder,
         on_chunk,
+        origin,
     )
     train = [icon for icon in corpus.concepts(icons) if not icon.held_out]
     mean, _ = moments(state.ema, train)
@@ -86,9 +97,13 @@ def train_denoiser(
     vae_params: dict,
     folder: Path,
     on_chunk: OnChunk,
+    origin: Mapping[str, Any],
     start: dict | None = None,
 ) -> dict:
-    """Averaged parameters {"unet", "text_encoder"}; `start` (the same tree) continues an earlier model instead of random weights."""
+    """Averaged parameters {"unet", "text_encoder"}; `start` (the same tree) continues an earlier model instead of random weights.
+
+    `folder`, `origin` and errors are those of `train_autoencoder`.
+    """
     cfg, architecture = recipe.denoiser, preset(words)
     key_unet, key_text, key_run = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), 1), 3)
     start = fresh(key_unet, key_text, architecture) if start is None else start
@@ -110,6 +125,7 @@ def train_denoiser(
         cfg.num_steps,
         folder,
         on_chunk,
+        origin,
     )
     return state.ema
 
@@ -137,10 +153,20 @@ def moments(vae_params: dict, icons: Sequence[Icon], batch_size: int = 32) -> tu
     return tuple(rows.reshape(len(icons), 2, *rows.shape[1:]) for rows in (mean, np.exp(0.5 * logvar)))
 
 
-def _loop(stage: str, state, advance, recipe: Recipe, num_steps: int, folder: Path, on_chunk: OnChunk):
+def _loop(
+    stage: str,
+    state,
+    advance,
+    recipe: Recipe,
+    num_steps: int,
+    folder: Path,
+    on_chunk: OnChunk,
+    origin: Mapping[str, Any],
+):
     """Chunks of steps with checkpoints; begins where the newest checkpoint in `folder` ended."""
+    of_run = {"stage": stage, "origin": dict(origin)}
     with Checkpoints(folder / stage) as checkpoints:
-        found = checkpoints.restore(jax.eval_shape(lambda: state))
+        found = checkpoints.restore(jax.eval_shape(lambda: state), metadata=of_run)
         state = state if found is None else found.tree
         done = int(state.step)
         while done < num_steps:
@@ -148,6 +174,6 @@ def _loop(stage: str, state, advance, recipe: Recipe, num_steps: int, folder: Pa
             state, info = advance(state, count)
             done += count
             if done % recipe.save_every == 0 or done == num_steps:
-                checkpoints.save(done, jax.device_get(state), {"stage": stage})
+                checkpoints.save(done, jax.device_get(state), of_run)
             on_chunk(stage, done, num_steps, jax.device_get(info))
     return state

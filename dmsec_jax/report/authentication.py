@@ -157,7 +157,7 @@ def write(folder: str | Path, found: Authentication, case: Mapping[str, Any]) ->
             made[path] = "first row: pictures; second: what CGI-DM was given; third: what it made of it"
     written = result_of(found, case, made)
     html.write(folder / "report.html", page(found, written))
-    result.write(folder / "result.json", written)
+    result.replace(folder, written)
     return written
 
 

@@ -24,6 +24,8 @@ LEGEND = (
     (CIRCLE, ARROW, "the right does not cause the left; the left causes it, or both share a hidden cause"),
     (CIRCLE, CIRCLE, "linked, and the data cannot tell how"),
 )
+LEGEND_WITHOUT_HIDDEN = (LEGEND[0], (CIRCLE, CIRCLE, "one causes the other, and the data cannot tell which"))
+"""Of the family `dag`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,7 +73,7 @@ def best(run: Discovery) -> list[Edge]:
     return graph_files.edges(run.mag, run.probability, run.coef)
 
 
-def sentence(edge: Edge, names: tuple[str, ...]) -> str:
+def sentence(edge: Edge, names: tuple[str, ...], family: str) -> str:
     """What one link says, in words."""
     a, b = names[edge.source], names[edge.target]
     ends = (edge.at_source, edge.at_target)
@@ -81,6 +83,8 @@ def sentence(edge: Edge, names: tuple[str, ...]) -> str:
         return f"{a} and {b} share a hidden cause"
     if ends == (CIRCLE, ARROW):
         return f"{b} does not cause {a}: {a} causes {b}, or a hidden cause both"
+    if family == "dag":
+        return f"{a} causes {b} or {b} causes {a}, which cannot be told"
     return f"{a} and {b} are linked, the direction cannot be told"
 
 
@@ -126,7 +130,11 @@ def page(run: Discovery, written: Result | None = None) -> str:
     """The whole report as one HTML page; `written` adds versions, device and date."""
     links, graph = told(run), best(run)
     table = [
-        (edge, graph_plots.sample(edge.at_source, edge.at_target, edge.probability), sentence(edge, run.names))
+        (
+            edge,
+            graph_plots.sample(edge.at_source, edge.at_target, edge.probability),
+            sentence(edge, run.names, run.family),
+        )
         for edge in links[:LISTED]
     ]
     return html.render(
@@ -136,7 +144,10 @@ def page(run: Discovery, written: Result | None = None) -> str:
         picture=graph_plots.drawing(run.names, links, headline(run)),
         best=graph_plots.drawing(run.names, graph, "The graph of the lowest extended BIC"),
         heat=graph_plots.heat_map(run.names, run.probability, "Probability of a link for every pair"),
-        legend=[(graph_plots.sample(a, b), text) for a, b, text in LEGEND],
+        legend=[
+            (graph_plots.sample(a, b), text)
+            for a, b, text in (LEGEND_WITHOUT_HIDDEN if run.family == "dag" else LEGEND)
+        ],
         table=table,
         more=max(0, len(links) - LISTED),
         doubtful=doubtful(run)[:LISTED],

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmsec_jax.core.files import remove
 from dmsec_jax.data.images import save_png
 from dmsec_jax.metrics.extraction import Matches
 from dmsec_jax.report import page as html
@@ -181,39 +179,15 @@ def result_of(extraction: Extraction, case: Mapping[str, Any], pictures: Mapping
 def write(folder: str | Path, extraction: Extraction, case: Mapping[str, Any]) -> Result:
     """Writes pictures, `report.html` and, last, `result.json` into `folder`; each file whole or not at all.
 
-    Pictures of an earlier report there are removed at the end: they would pass for extractions of this one.
-
     Raises:
         OSError: if a file cannot be written, for instance because the disk is full.
     """
     folder = Path(folder)
-    earlier = _pictures_of(folder)
     pictures = _write_pictures(folder, extraction)
     written = result_of(extraction, case, pictures)
     html.write(folder / "report.html", page(extraction, written))
-    result.write(folder / "result.json", written)
-    _remove(folder, earlier - set(pictures))
+    result.replace(folder, written)
     return written
-
-
-def _pictures_of(folder: Path) -> set[str]:
-    """What the `result.json` in `folder` lists as its pictures; nothing where there is none, or it is not ours."""
-    try:
-        return set(result.read(folder / "result.json").pictures)
-    except (OSError, ValueError):
-        return set()
-
-
-def _remove(folder: Path, names: set[str]) -> None:
-    """Removes pictures of an earlier run, only files of the form that we write.
-
-    Whatever else the list names is not ours to remove, nor what lies behind a symbolic link: it may come from a stranger.
-    """
-    for name in names:
-        path = folder / name
-        ours = re.fullmatch(r"pictures/([a-z0-9-]+/)?[a-z0-9-]+\.png", name) and path.is_file()
-        if ours and path.resolve() == folder.resolve() / name:
-            remove(path)
 
 
 def _write_pictures(folder: Path, extraction: Extraction) -> dict[str, str]:

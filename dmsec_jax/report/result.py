@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,11 +16,14 @@ import numpy as np
 import dmsec_jax
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.config import from_dict
-from dmsec_jax.core.files import read_json, write_json
+from dmsec_jax.core.files import read_json, remove, write_json
 from dmsec_jax.metrics.extraction import Interval
 
 SCHEMA = "dmsec-result"
 VERSION = 1
+FILE = "result.json"
+PICTURE = re.compile(r"pictures/([a-z0-9-]+/)?[a-z0-9-]+\.png")
+"""Names that our reports give to pictures; what else an earlier `result.json` lists may come from a stranger and is not ours to remove."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -132,6 +135,36 @@ def write(path: str | Path, result: Result) -> None:
         OSError: if it cannot be written; an older file then stays as it was.
     """
     write_json(path, to_json(result))
+
+
+def replace(folder: str | Path, result: Result) -> None:
+    """Writes `result.json` into a folder, then removes the pictures of an earlier one there, which would pass for those of this one.
+
+    Raises:
+        ValueError, OSError: as `write`.
+    """
+    folder = Path(folder)
+    before = earlier(folder)
+    write(folder / FILE, result)
+    if before is not None:
+        drop(folder, {name for name in before.pictures if PICTURE.fullmatch(name)} - set(result.pictures))
+
+
+def earlier(folder: str | Path) -> Result | None:
+    """What an earlier run left in `folder`; None where there is nothing, or it is not ours."""
+    try:
+        return read(Path(folder) / FILE)
+    except (OSError, ValueError):
+        return None
+
+
+def drop(folder: str | Path, names: Iterable[str]) -> None:
+    """Removes files below `folder`, but not links, nor what lies behind one."""
+    folder = Path(folder)
+    for name in names:
+        path = folder / name
+        if path.is_file() and path.resolve() == folder.resolve() / name:
+            remove(path)
 
 
 def read(path: str | Path) -> Result:

@@ -129,5 +129,5 @@ def write(folder: str | Path, training: Training, method: str, case: Mapping[str
             made[name] = f"samples after {sheet.step} steps"
     written = result_of(training, method, case, made)
     html.write(folder / "report.html", page(training, written))
-    result.write(folder / "result.json", written)
+    result.replace(folder, written)
     return written

@@ -20,6 +20,14 @@ def test_statements_become_matrices():
     assert not never[2, 0]
     assert not never[3, 2]  # d is in no tier
     assert not never[2, 3]
+    decided = background.directions(known)
+    assert [decided[0, 1], decided[2, 0], decided[2, 1], decided[1, 2], decided[2, 3]] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_velocity_with_the_first_family_keeps_its_networks():
 
 def test_what_weights_do_not_tell_is_asked_for(tmp_path):
     path, _ = written(tmp_path, "clip")
-    with pytest.raises(ValueError, match="pass prediction_type='epsilon' or 'v_prediction', as its author says"):
+    with pytest.raises(ValueError, match="give --prediction-type epsilon or v_prediction, as its author says"):
         single_file.model_of(single_file.read(path), path, tmp_path, None)
     config = path.with_suffix(".yaml")
     for text, found in (

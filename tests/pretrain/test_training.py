@@ -1,5 +1,6 @@
 """Pre-training steps on tiny networks, and the algebra of standardised latents."""
 
+import subprocess
 from functools import partial
 
 import jax
@@ -106,3 +107,18 @@ def test_held_out_icons_stay_out_of_the_autoencoder_corpus():
 def test_reading_icons_without_the_packages_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="install\\(folder\\) first"):
         corpus.read_icons(tmp_path)
+
+
+def test_packages_are_installed_without_their_scripts_and_failures_are_named(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append(command))
+    corpus.install(tmp_path)
+    assert "--ignore-scripts" in asked[0]
+    assert set(corpus.PACKAGES) < set(asked[0])
+
+    def failing(command, **options):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    with pytest.raises(ValueError, match="npm install must be able to install the icons"):
+        corpus.install(tmp_path)

@@ -139,6 +139,12 @@ def test_written_files_come_back(made, tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
+def test_pictures_of_an_earlier_report_go(made, tmp_path):
+    report.write(tmp_path, found(made), {})
+    report.write(tmp_path, found(made, recovered=None, non_members_recovered=None), {})
+    assert list((tmp_path / "pictures").iterdir()) == []
+
+
 def test_summary_fits_a_terminal(made):
     wide = found(made, tuple(a_test(f"{i}", label="x" * 100) for i in range(8)), tuned="y" * 200)
     lines = report.summary(wide).splitlines()

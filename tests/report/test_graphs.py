@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dmsec_jax.core.marks import ARROW, CIRCLE, NONE, TAIL
-from dmsec_jax.report import graph_files, graph_plots
+from dmsec_jax.report import discovery, graph_files, graph_plots
 
 NAMES = ("a", '<b> & "c"\\', "d\x07", "e", "alone")
 ENDS = {(0, 1): (TAIL, ARROW), (1, 2): (ARROW, ARROW), (3, 2): (CIRCLE, ARROW), (0, 3): (CIRCLE, CIRCLE)}
@@ -94,3 +94,32 @@ def test_the_heat_map_has_a_square_for_each_likely_pair():
 @pytest.mark.parametrize("size", [3, 40])
 def test_graphs_without_edges_can_be_drawn(size):
     ElementTree.fromstring(graph_plots.drawing([f"v{i}" for i in range(size)], [], "empty"))
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "unsaid"),
+    [
+        ("ancestral", ("share a hidden cause", "the direction cannot be told"), ("No hidden common causes",)),
+        (
+            "dag",
+            ("a causes e or e causes a", "No hidden common causes", "a causes d"),
+            ("share a hidden", "both share"),
+        ),
+    ],
+)
+def test_the_page_speaks_of_hidden_causes_where_there_can_be_some(family, said, unsaid):
+    names = ("a", "d", "e")
+    marks = np.zeros((3, 3), np.int8)
+    marks[0, 1], marks[1, 0] = ARROW, TAIL
+    marks[0, 2] = marks[2, 0] = CIRCLE
+    if family == "ancestral":
+        marks[1, 2] = marks[2, 1] = ARROW
+    probability = np.where(marks, 0.9, 0.0)
+    numbers = {"coef": np.zeros((3, 3)), "omega": np.eye(3), "bic": 1.0, "bics": np.ones(2)}
+    run = discovery.Discovery(
+        source="x.csv", names=names, num_rows=9, transform="standardise", family=family,
+        probability=probability, mag=marks, pag=marks, **numbers,
+    )  # fmt: skip
+    page = discovery.page(run)
+    assert [text for text in said if text not in page] == []
+    assert [text for text in unsaid if text in page] == []

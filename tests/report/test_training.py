@@ -60,6 +60,8 @@ def test_files(run, tmp_path):
     assert found.details["loss"][-1] is None
     assert any("details.loss[19] was nan" in note for note in found.notes)
     assert (tmp_path / "report.html").is_file()
+    training.write(tmp_path, dataclasses.replace(run, course=Course(loss=np.zeros(3))), "lora", {})
+    assert list((tmp_path / "pictures").iterdir()) == []
 
 
 def test_stages_are_plotted_and_written_with_their_advice(made, run, tmp_path):
