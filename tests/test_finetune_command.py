@@ -197,6 +197,12 @@ def test_an_out_that_cannot_be_used_is_refused_at_once(tune, tmp_path, capsys):
     assert not (tmp_path / "other" / "checkpoints").exists()
 
 
+def test_pictures_are_not_read_from_where_samples_are_written(tune, tmp_path, capsys):
+    save_png(tmp_path / "pictures" / "0.png", np.zeros((16, 16, 3), np.float32))
+    assert tune(tmp_path, "--images", str(tmp_path / "pictures")) == 1
+    assert "images must be outside of what is written" in capsys.readouterr().err
+
+
 def test_the_base_model_is_not_overwritten(tune, tiny_folder, capsys):
     assert tiny_folder.name == "model"
     assert tune(tiny_folder.parent) == 1

@@ -17,6 +17,7 @@ from dmsec_jax.checkpoints import diffusers, single_file
 from dmsec_jax.checkpoints.adapter_export import OFT_FILES, write_lora, write_oft
 from dmsec_jax.checkpoints.io import write_tensors
 from dmsec_jax.checkpoints.state import Checkpoints
+from dmsec_jax.commands.places import require_apart, require_free
 from dmsec_jax.core import config, trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import read_bounded
@@ -125,7 +126,7 @@ def run(cfg: Config) -> int:
                 sheets.add(done, state)
                 so_far = sheets.course(np.concatenate(losses), done)
                 about = _description(chosen, tuning.mean(chosen, state), tuning.deviations(chosen, state))
-                live = _account(cfg, base, inputs.pictures, chosen, about, so_far, {})
+                live = _account(cfg, base, inputs, chosen, about, so_far, {})
                 page.write(cfg.out / "report.html", training.page(live))
 
         tuned = tuning.tune(
@@ -146,7 +147,7 @@ def run(cfg: Config) -> int:
             f"Interrupted. The same command goes on from the checkpoint in {cfg.out / 'checkpoints'}.", markup=False
         )
         return 130
-    _write(cfg, base, inputs.pictures, chosen, tuned, sheets)
+    _write(cfg, base, inputs, chosen, tuned, sheets)
     if sheets.measures:
         console.print(monitor.advice(sheets.until(tuned.done)), markup=False)
     console.print(f"Model: {cfg.out / 'model'}   report: {cfg.out / 'report.html'}", markup=False)
@@ -232,6 +233,7 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     possible = cfg.sheets == "mean" or (chosen.bayes is not None and chosen.bayes.noise != "dropout")
     require(possible, "sheets", "mean without a posterior", cfg.sheets, "name a selection with --bayes")
     check_out(cfg.out, FOLDERS, cfg.model)
+    require_apart([cfg.out / "pictures", cfg.out / "samples"], images=cfg.images, prior_images=cfg.prior_images)
     cfg.sight.check(cfg.prompt)
     preset, tokenizer = pipeline.peek(cfg.model, cfg.reading)
     shapes = {name: diffusers.shapes(name, getattr(preset, diffusers.COMPONENTS[name].field)) for name in TRAINABLE}
@@ -253,8 +255,7 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
 
 def check_out(out: Path, folders: Sequence[str], base: Path) -> None:
     """Raises ValueError where `out` cannot hold these folders, or a model in `model` without overwriting something else or `base`."""
-    for place in (*reversed(out.parents), out, *(out / name for name in folders)):
-        require(place.is_dir() or not place.exists(), str(place), "a folder", "a file", "choose another --out")
+    require_free(out, *folders)
     model = out / "model"
     ours = not model.exists() or (model / diffusers.INDEX).is_file() or not any(model.iterdir())
     require(ours, str(model), "a model folder or nothing", "something else", "choose another --out")
@@ -288,9 +289,7 @@ def _origin(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe) -> dict
     }
 
 
-def _write(
-    cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tuned: tuning.Tuned, sheets: _Sheets
-) -> None:
+def _write(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe, tuned: tuning.Tuned, sheets: _Sheets) -> None:
     """The model, the trained factors and the posterior's deviations where there are any, and the account of the run."""
     pipeline.save(cfg.out / "model", dataclasses.replace(base, params=tuned.params))
     if cfg.single_file:
@@ -313,13 +312,15 @@ def _write(
             result.drop(cfg.out, _beside(earlier.config) - _beside(_settings(cfg, chosen)))
     about = _description(chosen, tuned.trainable, tuned.sigma)
     course = sheets.course(tuned.info.loss, tuned.done)
-    account = _account(cfg, base, pictures, chosen, about, course, {"fine-tuning": tuned.seconds})
-    case = {"set": cfg.images.name, "n0": len(pictures), "steps": tuned.done}
+    account = _account(cfg, base, inputs, chosen, about, course, {"fine-tuning": tuned.seconds})
+    case = {"set": cfg.images.name, "n0": len(inputs.pictures), "steps": tuned.done}
     training.write(cfg.out, account, tuning.tuner_of(chosen), case | _posterior_case(chosen))
 
 
-def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tuner: str, course: Course, seconds):
+def _account(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe, tuner: str, course: Course, seconds):
     """The run for its report."""
+    pictures = inputs.pictures
+    prior = {} if inputs.prior is None else dict(zip(inputs.prior.names, inputs.prior.sha256, strict=True))
     return Training(
         base=base.folder.name,
         tuner=tuner,
@@ -332,7 +333,11 @@ def _account(cfg: Config, base: Pipeline, pictures: ImageSet, chosen: Recipe, tu
         config=_settings(cfg, chosen),
         seeds={"seed": cfg.seed},
         seconds=seconds,
-        inputs={**base.inputs("base"), **dict(zip(pictures.names, pictures.sha256, strict=True))},
+        inputs={
+            **base.inputs("base"),
+            **dict(zip(pictures.names, pictures.sha256, strict=True)),
+            **{f"prior {name}": digest for name, digest in prior.items()},
+        },
     )
 
 

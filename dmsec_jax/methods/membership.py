@@ -27,10 +27,11 @@ from jaxtyping import Array, Float, Int
 
 from dmsec_jax.core.arrays import expand
 from dmsec_jax.core.checks import require
+from dmsec_jax.core.means import mean_over
 from dmsec_jax.core.types import AnyArray, Key, Latent, ModelFn, Params, PerExample
 from dmsec_jax.diffusion import draws, samplers
 from dmsec_jax.diffusion.draws import Draw, Window
-from dmsec_jax.diffusion.loss import grid_loss, monte_carlo_loss
+from dmsec_jax.diffusion.loss import denoising_loss, grid_loss, monte_carlo_loss
 from dmsec_jax.diffusion.schedule import ScheduleConfig, add_noise, alpha_bars, to_eps
 
 SIGN = {
@@ -216,8 +217,8 @@ def gradient_norms(
 ) -> Float[Array, "B P"]:
     """Per example and parameter leaf (in the order of `jax.tree.leaves`), the norm of the loss gradient: features for a classifier.
 
-    GSA_1: of the gradient of the mean over timesteps; GSA_2: mean over timesteps of the norms. One example at a time, so that memory
-    holds one gradient. As one number, take `jnp.linalg.norm(features, axis=1)`.
+    GSA_1: of the gradient of the mean over timesteps; GSA_2: mean over timesteps of the norms. One example and timestep at a time, with the noise
+    of `grid_loss`, so that memory holds the activations of one evaluation. As one number, take `jnp.linalg.norm(features, axis=1)`.
 
     Args:
         predict_fn: (params, z_t, t) -> prediction.
@@ -228,18 +229,27 @@ def gradient_norms(
     alpha_bar = alpha_bars(schedule)
     index = jnp.arange(z0.shape[0]) if index is None else jnp.asarray(index)
 
-    def losses(params, z, own, grid):
-        eps_fn = predicts_noise(lambda z_t, t: predict_fn(params, z_t, t), schedule)
-        return grid_loss(key, eps_fn, alpha_bar, z[None], grid, index=own[None])[0]
-
     norms = lambda tree: jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(tree)])
-    whole = lambda part: norms(jax.grad(lambda p: losses(p, *part, grid).mean())(params))
 
-    def each(part):
-        one = lambda m: norms(jax.grad(lambda p: losses(p, *part, grid)[m])(params))
-        return jax.lax.map(one, jnp.arange(grid.size)).mean(axis=0)
+    def features(example):
+        z, own = example
 
-    return jax.lax.map(whole if variant == 1 else each, (z0, index))
+        def gradient(item):
+            position, t = item
+            noise = draws.standard_normal(jax.random.fold_in(jax.random.fold_in(key, own), position), z.shape)[None]
+
+            def loss(params):
+                eps_fn = predicts_noise(lambda z_t, t: predict_fn(params, z_t, t), schedule)
+                return denoising_loss(eps_fn, alpha_bar, z[None], t[None], noise)[0]
+
+            return jax.grad(loss)(params)
+
+        items = jnp.arange(grid.size), jnp.asarray(grid)
+        return (
+            norms(mean_over(gradient, items)) if variant == 1 else mean_over(lambda item: norms(gradient(item)), items)
+        )
+
+    return jax.lax.map(features, (z0, index))
 
 
 def _of_noise(schedule: ScheduleConfig) -> ScheduleConfig:

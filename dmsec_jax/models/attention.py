@@ -41,15 +41,15 @@ def chunked(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
     q = q * jnp.asarray(width**-0.5, q.dtype)
 
     attend = lambda queries, allowed: _attend(queries, k, v, allowed)
-    chunks = 1
-    while heads * (n // chunks) * k.shape[1] > max_logits and n % (2 * chunks) == 0:
-        chunks *= 2
-    if chunks == 1:
+    chunks = min(n, -(-heads * n * k.shape[1] // max_logits))
+    if chunks <= 1:
         return attend(q, mask)
-    parts = rearrange(q, "b (c n) h d -> c b n h d", c=chunks)
-    masks = None if mask is None else mask.reshape(chunks, n // chunks, -1)
+    chunks = next((more for more in range(chunks, min(n, 2 * chunks) + 1) if n % more == 0), chunks)
+    rest = -n % chunks  # no number near divides them: queries of zeros fill up the last chunk
+    parts = rearrange(jnp.pad(q, ((0, 0), (0, rest), (0, 0), (0, 0))), "b (c n) h d -> c b n h d", c=chunks)
+    masks = None if mask is None else jnp.pad(mask, ((0, rest), (0, 0))).reshape(chunks, (n + rest) // chunks, -1)
     out = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), (parts, masks))
-    return rearrange(out, "c b n h d -> b (c n) h d")
+    return rearrange(out, "c b n h d -> b (c n) h d")[:, :n]
 
 
 @jax.custom_vjp

@@ -1,4 +1,5 @@
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,26 @@ def test_equals_the_formula_however_chunked(qkv, max_logits, masked):
     mask[:, 0] = True
     mask = mask if masked else None
     np.testing.assert_allclose(attention(*qkv, mask=mask, max_logits=max_logits), plain(*qkv, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_lengths_that_nothing_divides_are_chunked_too(qkv, masked):
+    """As of pictures of 776 pixels: 97 x 97 positions."""
+    q, k, v = qkv[0][:, :13], *qkv[1:]
+    mask = np.ones((13, M), bool) & (np.arange(M) != 2) if masked else None
+    for max_logits in (HEADS * 5 * M, HEADS * 9 * M):
+        run = lambda q, k, v, limit=max_logits: attention(q, k, v, mask=mask, max_logits=limit)
+        np.testing.assert_allclose(run(q, k, v), plain(q, k, v, mask), atol=1e-5)
+        largest = max(np.prod(var.aval.shape) for var in _inner(jax.make_jaxpr(run)(q, k, v).jaxpr))
+        assert largest < B * HEADS * 13 * M  # the matrix is never whole
+
+
+def _inner(jaxpr):
+    """All values of a jaxpr and of those in it."""
+    for equation in jaxpr.eqns:
+        yield from equation.outvars
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _inner(inner)
 
 
 def test_chunking_leaves_gradients_alone(qkv):
