@@ -2,7 +2,11 @@
 
 import itertools
 
+import jax
 import numpy as np
+
+from dmsec_jax.causal import graphs, separation
+from dmsec_jax.core.marks import CIRCLE
 
 
 def random_dags(seed, count, size, density):
@@ -68,3 +72,19 @@ def connected(directed, bidirected, i, j, given):
         return False
 
     return search([i], False)
+
+
+def equivalence_classes(directed, bidirected):
+    """Graphs [N, V, V] grouped by their independences: a list of [members, V, V] marks."""
+    sets = subsets(directed.shape[-1])
+    independences = jax.jit(jax.vmap(lambda d, b: jax.vmap(lambda z: separation.separated(d, b, z))(sets)))
+    marks = np.asarray(jax.vmap(graphs.to_marks)(directed, bidirected))
+    groups = {}
+    for one, mark in zip(np.asarray(independences(directed, bidirected)), marks, strict=True):
+        groups.setdefault(one.tobytes(), []).append(mark)
+    return [np.stack(group) for group in groups.values()]
+
+
+def common(group):
+    """What all members [N, V, V] have, a circle where they differ."""
+    return np.where((group == group[0]).all(axis=0), group[0], CIRCLE)

@@ -7,7 +7,7 @@ import mixed_graphs
 import numpy as np
 import pytest
 
-from dmsec_jax.causal import cpdag, graphs, pag, separation
+from dmsec_jax.causal import cpdag, graphs, pag
 from dmsec_jax.core.marks import ARROW, CIRCLE, TAIL
 
 
@@ -17,17 +17,7 @@ def classes(size):
     directed, bidirected = mixed_graphs.all_simple_graphs(size)
     proper = ~bidirected.any(axis=(1, 2)) & np.asarray(jax.jit(jax.vmap(graphs.is_acyclic))(directed))
     directed, bidirected = directed[proper], bidirected[proper]
-    sets = mixed_graphs.subsets(size)
-    independences = jax.jit(jax.vmap(lambda d, b: jax.vmap(lambda z: separation.separated(d, b, z))(sets)))
-    marks = np.asarray(jax.vmap(graphs.to_marks)(directed, bidirected))
-    groups = {}
-    for one, mark in zip(np.asarray(independences(directed, bidirected)), marks, strict=True):
-        groups.setdefault(one.tobytes(), []).append(mark)
-    return [np.stack(group) for group in groups.values()]
-
-
-def common(group):
-    return np.where((group == group[0]).all(axis=0), group[0], CIRCLE)
+    return mixed_graphs.equivalence_classes(directed, bidirected)
 
 
 @pytest.mark.parametrize(("size", "graphs_in_all", "classes_in_all"), [(2, 3, 2), (3, 25, 11), (4, 543, 185)])
@@ -35,7 +25,7 @@ def test_each_class_keeps_exactly_its_common_marks(size, graphs_in_all, classes_
     found = classes(size)
     assert (sum(map(len, found)), len(found)) == (graphs_in_all, classes_in_all)
     for group in found:
-        assert all((cpdag.of_dag(member) == common(group)).all() for member in group)
+        assert all((cpdag.of_dag(member) == mixed_graphs.common(group)).all() for member in group)
 
 
 def test_with_known_edges_the_marks_are_those_common_to_the_graphs_that_have_them():
@@ -44,7 +34,7 @@ def test_with_known_edges_the_marks_are_those_common_to_the_graphs_that_have_the
         for member in group:
             known = (member == ARROW) & (rng.random(member.shape) < 0.3)
             having = group[((group == ARROW) | ~known).all(axis=(1, 2))]
-            assert (cpdag.of_dag(member, known) == common(having)).all()
+            assert (cpdag.of_dag(member, known) == mixed_graphs.common(having)).all()
 
 
 def test_knowledge_of_edges_that_are_not_there_is_ignored():

@@ -7,7 +7,7 @@ import mixed_graphs
 import numpy as np
 import pytest
 
-from dmsec_jax.causal import graphs, pag, projection, separation
+from dmsec_jax.causal import graphs, pag, projection
 from dmsec_jax.core.marks import ARROW, CIRCLE, TAIL
 
 SEEN, HIDDEN, COUNT = 9, 4, 30
@@ -21,31 +21,21 @@ def classes(size):
     proper = jax.jit(jax.vmap(lambda d, b: graphs.is_ancestral(d, b) & projection.is_maximal(d, b)))
     keep = np.asarray(proper(directed, bidirected))
     directed, bidirected = directed[keep], bidirected[keep]
-    sets = mixed_graphs.subsets(size)
-    independences = jax.jit(jax.vmap(lambda d, b: jax.vmap(lambda z: separation.separated(d, b, z))(sets)))
-    marks = np.asarray(jax.vmap(graphs.to_marks)(directed, bidirected))
-    groups = {}
-    for one, mark in zip(np.asarray(independences(directed, bidirected)), marks, strict=True):
-        groups.setdefault(one.tobytes(), []).append(mark)
-    return [np.stack(group) for group in groups.values()]
-
-
-def common(group):
-    return np.where((group == group[0]).all(axis=0), group[0], CIRCLE)
+    return mixed_graphs.equivalence_classes(directed, bidirected)
 
 
 def test_each_class_of_four_vertices_keeps_exactly_its_common_marks():
     found = classes(4)
     assert sum(map(len, found)) == 2492
     for group in found:
-        assert (pag.of_mag(group[0]) == common(group)).all()
-        assert (pag.of_mag(group[-1]) == common(group)).all()
+        assert (pag.of_mag(group[0]) == mixed_graphs.common(group)).all()
+        assert (pag.of_mag(group[-1]) == mixed_graphs.common(group)).all()
 
 
 @pytest.mark.slow
 def test_every_graph_of_four_vertices_leads_to_the_graph_of_its_class():
     for group in classes(4):
-        assert all((pag.of_mag(member) == common(group)).all() for member in group)
+        assert all((pag.of_mag(member) == mixed_graphs.common(group)).all() for member in group)
 
 
 def test_equivalence_is_equality_of_independences():
