@@ -82,9 +82,8 @@ def oft(
             if scale is not None:
                 generator = scale * generator
             parts = kernel.reshape(*generator.shape[:2], kernel.shape[1])  # [blocks, side, out]
-            turned = jnp.matmul(
-                rotation(generator, cayley), parts, precision="highest"
-            )  # else weights are rounded even unturned
+            # at a lower precision weights would be rounded even where nothing turns
+            turned = jnp.matmul(rotation(generator, cayley), parts, precision="highest")
             flat[kernel_path] = turned.reshape(kernel.shape)
         return trees.unflatten(flat)
 
