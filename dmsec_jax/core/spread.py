@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dmsec_jax.core.checks import require
 
@@ -68,6 +68,15 @@ def cut(tree: Any) -> Any:
     """Weights, or a training state, over the axis `fsdp` of the mesh, as `specs` says; `whole` gathers them where they are used."""
     mesh = _mesh()
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, specs(tree, mesh.shape["fsdp"]))
+
+
+def cut_shapes(tree: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s that say where `cut` puts each leaf, so that what is read into them never lies whole on one device."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    put = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(put, tree, specs(tree, mesh.shape["fsdp"]))
 
 
 def specs(tree: Any, size: int) -> Any:

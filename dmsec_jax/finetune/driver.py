@@ -54,7 +54,9 @@ def _advance(key, state, data, params, cfg, *, method, eps_fn, adapter, schedule
     return spread.cut(state), spread.whole(info)
 
 
-_placed = jax.jit(spread.cut)
+@partial(jax.jit, static_argnames=("method", "adapter"))
+def _init(key, params, cfg, *, method, adapter):
+    return spread.cut(method.init(key, params, cfg, adapter=adapter))
 
 
 class Past(NamedTuple):
@@ -138,8 +140,8 @@ def fit(
         on_chunk: called with (steps done, Info as numpy [steps], state), whose buffers are reused: copy what you keep.
         enough: called with the steps done, before every chunk; True ends the training there, finished.
         save: called with (steps done, state, Past); must have read the state when it returns.
-        restore: called with a State of `jax.ShapeDtypeStruct`; returns a State like it, which is ours then, and the Past
-            that was saved with it, or None.
+        restore: called with a State of `jax.ShapeDtypeStruct`, with shardings if a mesh is in force; returns a State like it, which is ours then,
+            and the Past that was saved with it, or None.
 
     SIGINT (Ctrl-C) and SIGTERM end it after the current chunk, saved, and are acknowledged on stderr; a second signal
     acts at once (main thread only; while a chunk compiles, both wait for the compiler). One that the process ignores
@@ -154,7 +156,6 @@ def fit(
     began = time.monotonic()
     enough = enough or (lambda done: False)
     state, past = _start(key_init, params, cfg, adapter, method, restore)
-    state = _placed(state)
     start = done = saved = int(method.tuned(state).step)
     fixed = dataclasses.replace(cfg, num_steps=chunk_steps)  # so that the total is no part of what is compiled
     network = {"eps_fn": eps_fn, "adapter": adapter, "schedule": schedule, "text_fn": text_fn}
@@ -206,8 +207,9 @@ def _chunks(
 def _start(
     key: Key, params: Params, cfg: Config, adapter: Adapter, method: Method, restore: Restore | None
 ) -> tuple[Any, Past]:
+    init = partial(_init, cfg=dataclasses.replace(cfg, num_steps=1), method=method, adapter=adapter)
     if restore is not None:
-        shapes = jax.eval_shape(lambda key, params: method.init(key, params, cfg, adapter=adapter), key, params)
+        shapes = spread.cut_shapes(jax.eval_shape(init, key, params))
         found = restore(shapes)
         if found is not None:
             state = found[0]
@@ -219,7 +221,7 @@ def _start(
             step = int(method.tuned(state).step)
             require(step <= cfg.num_steps, "checkpoint", contract, f"step {step}", cure)
             return found
-    return method.init(key, params, cfg, adapter=adapter), no_past(method)
+    return init(key, params), no_past(method)
 
 
 def _require_finite(info: Any, done: int, saved: int, cfg: Config) -> None:
