@@ -70,6 +70,8 @@ CELLS = (
     *(alone(step, "v5e-4") for step in SAMPLED),
     *(trained(step, "v5e-4") for step in TRAINED),
     trained("LoRA", "v5e-4", fsdp=1),
+    # the state whole on each device: what a posterior adds to it
+    *(trained(step, "v5p-8", fsdp=1) for step in ("DreamBooth", "Bayesian", "Bayesian linear")),
     *(alone("UNet", topology) for topology in ("v5e-16", "v5e-256")),
     *(trained("LoRA", topology, fsdp=1) for topology in ("v5e-16", "v5e-256")),
     alone("UNet", "v5p-8", "SDXL", 1024, 1),

@@ -189,14 +189,14 @@ def authenticating(setting: Setting, mesh: Mesh) -> Program:
     return Program(run, args, (1,), None, 1, work, ALONE)
 
 
-def training(setting: Setting, mesh: Mesh, kind: str) -> Program:
-    """An optimiser step: of all weights ("full"), of LoRA's factors, or of a posterior over norms beside all weights ("bayes")."""
+def training(setting: Setting, mesh: Mesh, kind: str, **posterior) -> Program:
+    """An optimiser step: of all weights ("full"), of LoRA's factors, or of a posterior beside all weights ("bayes"), which `posterior` sets up."""
     preset = setting.preset("block")
     z, side = latents(setting, preset, mesh)
     functions = pipeline.functions(preset.unet, preset.vae, preset.text, preset.text_2)
     adapter = lora(4) if kind == "lora" else full()
     method = bayes_dm if kind == "bayes" else dreambooth
-    cfg = method.Config(batch_size=setting.rows, learning_rate=1e-6)
+    cfg = method.Config(batch_size=setting.rows, learning_rate=1e-6, **posterior)
     whole, base = parallel.replicated(mesh), network(preset)
     state = jax.eval_shape(partial(method.init, cfg=cfg, adapter=adapter), jax.random.key(0), base)
     places = parallel.plan(state, mesh)
@@ -220,4 +220,5 @@ BUILDS: dict[str, Build] = {
     "DreamBooth": partial(training, kind="full"),
     "LoRA": partial(training, kind="lora"),
     "Bayesian": partial(training, kind="bayes"),
+    "Bayesian linear": partial(training, kind="bayes", selection="linear", generator="rbg"),
 }
