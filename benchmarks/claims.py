@@ -1,12 +1,14 @@
 """The claims of the five papers beside what was measured here: directions only, since the papers' figures are of models a hundred times as large.
 
-A claim is judged by differences with intervals, in the newest committed results: a case is for it where the interval lies on the claimed side of
-zero, against it where it lies on the other; an interval without width is of a measure that never moved, and no case. One rule for all: `yes` if more
-than half of the cases are for it and none against; else `in part` or `no` if more are for it or against it than chance explains, `mixed` if both are,
-`open` if neither is.
+A claim is judged by differences with intervals, in the newest committed results. A case is a training, of whose lengths differences and ends of
+intervals are averaged: the lengths are no independent trials, and such an interval is never too narrow. A case is for the claim where the interval
+lies on the claimed side of zero, against it where it lies on the other; one without width is of a measure that never moved, and no case. One rule
+for all: `yes` if more than half of the cases are for it and none against; else `in part` or `no` if more are for it or against it than chance
+explains, `mixed` if both are, `open` if neither is.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Sequence
 
 from scipy import stats
@@ -67,9 +69,7 @@ def _is(metric: str, *methods: str, **case) -> Callable[[Row], bool]:
 def _posterior(metric: str) -> Callable[[Row], bool]:
     """Differences of posteriors to plain fine-tuning, with the usual recipe."""
     return lambda row: (
-        _is(metric, "bayes-")(row)
-        and "recipe" not in row["case"]
-        and row["case"].get("steps") in (None, 100)  # one case of a training: its steps are no independent trials
+        _is(metric, "bayes-")(row) and "recipe" not in row["case"] and row["case"].get("steps") in (None, 100)
     )
 
 
@@ -172,7 +172,7 @@ CLAIMS = (
 
 def verdict(claim: Claim, rows: Iterable[Row]) -> Verdict:
     """Counts the cases for and against; one without an interval says nothing."""
-    known = [row for row in rows if claim.chosen(row) and row["low"] is not None]
+    known = trainings([row for row in rows if claim.chosen(row) and row["low"] is not None])
     found = [row for row in known if row["low"] < row["high"] or row["value"] != 0]
     low, high = [row["low"] for row in found], [row["high"] for row in found]
     if claim.sign < 0:
@@ -188,6 +188,18 @@ def verdict(claim: Claim, rows: Iterable[Row]) -> Verdict:
         high=max(values, default=0.0),
         on=tuple(sorted({str(name) for name in sets if name})),
     )
+
+
+def trainings(rows: Sequence[Row]) -> list[Row]:
+    """One row for those that differ in the length of the training alone: the mean of values and of ends of intervals."""
+    alike: dict[str, list[Row]] = {}
+    for row in rows:
+        case = {name: value for name, value in row["case"].items() if name != "steps"}
+        alike.setdefault(json.dumps([row["metric"], row["method"], case], sort_keys=True), []).append(
+            row | {"case": case}
+        )
+    mean = lambda found, name: sum(row[name] for row in found) / len(found)
+    return [found[0] | {name: mean(found, name) for name in ("value", "low", "high")} for found in alike.values()]
 
 
 def verdicts() -> list[tuple[Claim, Verdict]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import platform
 import subprocess
@@ -12,15 +13,18 @@ import jax
 import numpy as np
 
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.files import atomic_file
+from dmsec_jax.core.files import atomic_file, write_atomically
 from dmsec_jax.metrics.extraction import seed_interval
 from dmsec_jax.report.result import Row, device, row_over, versions
 
 RESULTS = Path(__file__).parent / "results"
 
 
+@functools.cache
 def revision() -> str:
-    """Short hash of the commit, `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    """Short hash of the commit, `-dirty` if files differ from it, or `unknown` outside a checkout; as it was when first asked, so a run of hours
+    asks at its start: that is the code it has loaded.
+    """
     try:
         git = lambda *args: subprocess.run(
             ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -49,7 +53,7 @@ def write(bench: str, rows: list[Row], config: dict, seconds: dict[str, float], 
         "notes": notes,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     print(f"\nresults: {path.relative_to(Path(__file__).parents[1])}")
     print(json.dumps({"bench": bench, "rows": len(rows), "file": str(path.name), "seconds": sum(seconds.values())}))
     return path

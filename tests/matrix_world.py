@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 import zlib
 
 import numpy as np
@@ -19,14 +20,14 @@ SETS, SEEDS, TREATMENTS, TUNERS, OBJECTIVES = (
 EFFECT = {"noise": -0.02, "advdm": -0.3}
 
 
-def maker(marks, victim=None):
-    """A job; the process that first does `victim` writes half a file and dies."""
-    return Job(marks, victim)
+def maker(marks, victim=None, kills_parent=False):
+    """A job; the process that first does `victim` writes half a file and dies, or kills the one that started it."""
+    return Job(marks, victim, kills_parent)
 
 
 class Job:
-    def __init__(self, marks, victim):
-        self.marks, self.victim = marks, victim
+    def __init__(self, marks, victim, kills_parent):
+        self.marks, self.victim, self.kills_parent = marks, victim, kills_parent
 
     def __call__(self, task):
         with (self.marks / f"{task}-{os.getpid()}").open("w"):
@@ -34,7 +35,10 @@ class Job:
         killed = self.marks / "killed"
         if task == self.victim and not killed.exists():
             killed.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            prey = os.getppid() if self.kills_parent else os.getpid()
+            os.kill(prey, signal.SIGKILL)
+            while os.getppid() == prey:  # it takes its time to die
+                time.sleep(0.01)
         if task == "refused":
             raise ValueError("task must be another, got this one; drop it")
         values = np.random.default_rng(zlib.crc32(task.encode())).normal(size=3)

@@ -78,7 +78,15 @@ def difference(low, high, value=None, **case):
 ])  # fmt: skip
 def test_a_claim_is_judged_by_its_cases(rows, holds):
     claim = next(claim for claim in claims.CLAIMS if claim.says.startswith("Guidance away"))
-    assert claims.verdict(claim, rows).holds == holds
+    apart = [row | {"case": row["case"] | {"set": str(i)}} for i, row in enumerate(rows)]
+    assert claims.verdict(claim, apart).holds == holds
+
+
+def test_the_lengths_of_a_training_are_one_case():
+    claim = next(claim for claim in claims.CLAIMS if claim.says.startswith("Guidance away"))
+    rows = [difference(0.1, 0.3, steps=200), difference(-0.1, 0.2, steps=400), difference(-0.2, -0.1, set="b")]
+    found = claims.verdict(claim, rows)
+    assert (found.cases, found.favour, found.against) == (2, 0, 1), "the mean of the first two is [0.0, 0.25]"
 
 
 def test_a_claim_of_less_is_judged_the_other_way_round():

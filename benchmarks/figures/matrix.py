@@ -1,6 +1,8 @@
 """The matrix: what each defence leaves of each attack, and which comparisons may be called one."""
 
 import json
+import math
+from collections.abc import Sequence
 
 from benchmarks.figures import common
 from benchmarks.figures.common import number
@@ -29,42 +31,52 @@ def main() -> None:
 
 
 def newest(preset: str) -> list[dict]:
-    """Rows of the last complete run of a preset alone: comparisons are corrected over their own run, so runs do not mix."""
+    """Rows of the last complete run of a preset as it is, alone: comparisons are corrected over their own run, so runs do not mix."""
     for path in sorted(FOLDER.glob("*/*.json"), key=lambda path: path.name, reverse=True):
         content = json.loads(path.read_text())
-        if content["config"]["preset"] == preset and not any(
-            note.startswith("incomplete") for note in content["notes"]
-        ):
+        asked = content["config"]["preset"] == preset and not content["config"]["set"]
+        if asked and not any(note.startswith("incomplete") for note in content["notes"]):
             return content["rows"]
     return []
 
 
 def defences(rows: list[dict]) -> str:
-    """Markdown: means over sets, tuners and seeds."""
-    values: dict[tuple, dict[tuple, list[float]]] = {}
+    """Markdown: means over sets, whose intervals over seeds give that of the mean."""
+    found: dict[tuple, dict[tuple, list[dict]]] = {}
     for row in rows:
         attack = (row["metric"], row["method"])
         if attack in ATTACKS and row["value"] is not None:
-            defence = (row["case"]["objective"], row["case"]["treatment"])
-            values.setdefault(defence, {}).setdefault(attack, []).append(row["value"])
-    lines = [["objective", "pictures", *ATTACKS.values()]]
-    for defence, found in values.items():
-        lines.append(
-            [*defence, *(f"{sum(found[one]) / len(found[one]):.2f}" if one in found else "-" for one in ATTACKS)]
-        )
-    return common.table(lines)
+            model = tuple(row["case"][name] for name in ("tuner", "objective", "treatment"))
+            found.setdefault(model, {}).setdefault(attack, []).append(row)
+    lines = [["tuner", "objective", "pictures", *ATTACKS.values()]]
+    for (tuner, *defence), by_attack in found.items():
+        lines.append([common.TUNERS.get(tuner, tuner), *defence, *(_mean(by_attack.get(one, ())) for one in ATTACKS)])
+    cost = next(row for row in rows if row["metric"] == "processor_time")
+    sets = ", ".join(dict.fromkeys(row["case"]["set"] for row in rows if "set" in row["case"]))
+    text = f"{cost['n']} models of {sets}; {cost['value']:.1f} hours of a processor core."
+    return f"{text} Means over sets, with half the width of 95 % intervals over seeds.\n\n{common.table(lines)}"
+
+
+def _mean(rows: Sequence[dict]) -> str:
+    if not rows:
+        return "-"
+    value = sum(row["value"] for row in rows) / len(rows)
+    half = math.hypot(*((row["high"] - row["low"]) / 2 for row in rows)) / len(rows)
+    return f"{value:.2f} ± {half:.2f}"
 
 
 def comparisons(rows: list[dict]) -> str:
     """Markdown: those that are told from zero after Holm's correction, the surest first."""
     family = [row for row in rows if row["metric"].endswith(" difference") and "holm" in row["case"]]
     told = sorted((row for row in family if row["case"]["holm"] < 0.05), key=lambda row: row["case"]["holm"])
-    lines = [["outcome", "choice", "difference", "effect size", "p after Holm"]]
+    lines = [["outcome", "choice", "difference", "of sets like these", "effect size", "p after Holm"]]
     for row in told:
         case = row["case"]
         effect = "-" if case["effect"] is None else f"{case['effect']:+.1f}"
         names = [row["metric"].removesuffix(" difference"), f"{row['method']} over {case['reference']}"]
-        lines.append([*names, number(row, signed=True), effect, f"{case['holm']:.1g}"])
+        several = case["sets_low"] is not None
+        like = f"[{case['sets_low']:+.2f}, {case['sets_high']:+.2f}]" if several else "-"
+        lines.append([*names, number(row, signed=True), like, effect, f"{case['holm']:.1g}"])
     return f"Told from zero: {len(told)} of {len(family)} comparisons.\n\n{common.table(lines)}"
 
 

@@ -54,6 +54,7 @@ def main(cfg: Config) -> int:
     """Trains and asks what is missing, then writes the table, the comparisons and the page; 1 if a model is missing."""
     console = Console(stderr=True)
     began = time.monotonic()
+    harness.revision()
     part = _part(cfg.part)
     require(cfg.workers == 1 or part == (0, 1), "workers", "1 with --part", cfg.workers, "give each process a part")
     chosen = plan.read(cfg.preset, cfg.set)
@@ -96,16 +97,21 @@ def _write(cfg: Config, chosen: plan.Plan, finished: dict[str, plan.Cell], secon
     """Everything that a table of these models gives."""
     rows = table(cfg.work, finished)
     found = statistics.all_comparisons(rows)
-    learnt = causes.learn(rows) if chosen.draws else None
+    at_random = [row for row, cell in zip(rows, finished.values(), strict=True) if cell in plan.drawn(chosen)]
+    learnt = causes.learn(at_random) if at_random else None
     notes = [*statistics.NOTES, *(learnt.notes if learnt else ())]
     if len(finished) < len(plan.cells(chosen)):
         notes.append(f"incomplete: {len(finished)} of {len(plan.cells(chosen))} models")
-    result_rows = [*(statistics.means(rows) if chosen.grids else ()), *map(statistics.result_row, found)]
+    result_rows = [
+        tables.cost_row(rows),
+        *(statistics.means(rows) if chosen.grids else ()),
+        *map(statistics.result_row, found),
+    ]
     result_rows += causes.result_rows(learnt) if learnt else []
     settings = {"preset": cfg.preset, "set": list(cfg.set), "plan": config.to_dict(chosen)}
     path = harness.write("matrix", result_rows, settings, {"all": seconds}, notes)
-    tables.write(path.with_name(f"{path.stem}_{cfg.preset}"), rows)
     page.write(cfg.work / f"{cfg.preset}.html", cfg.work, finished, rows, found, learnt, notes)
+    tables.write(path.with_name(f"{path.stem}_{cfg.preset}"), rows)
     print(statistics.printed(found))
 
 

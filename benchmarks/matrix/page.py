@@ -44,6 +44,8 @@ TREATMENTS = {
     "mist": "Mist",
     "purified": "AdvDM, purified",
 }
+LEAST = 0.05
+"""Leak that makes a field dark at least, so that chance is not shown as a leak where nothing leaks without a defence."""
 TUNERS = {"full": "full fine-tuning", "lora": "LoRA", "oft": "OFT"}
 
 
@@ -127,7 +129,7 @@ def leaks(rows: Sequence[Row], title: str) -> Map:
         floor = 0.5 if column.startswith("AUC") else 0.0
         if column.startswith("AS_"):
             floor = mean(rows, column.replace("AS_", "AS-holdout_"))
-        return float(np.clip((value - floor) / max(undefended - floor, 1e-6), 0, 1)) if undefended > floor else 0.0
+        return float(np.clip((value - floor) / max(undefended - floor, LEAST), 0, 1))
 
     return _map(rows, title, caption, ATTACKS, shade)
 

@@ -169,6 +169,11 @@ def cells(plan: Plan) -> tuple[Cell, ...]:
     return tuple(sorted(found, key=lambda cell: cell.seed))
 
 
+def drawn(plan: Plan) -> frozenset[Cell]:
+    """The models whose knobs were drawn at random."""
+    return frozenset(itertools.chain(*map(_drawn, plan.draws)))
+
+
 def cell(
     *,
     tuner: str,

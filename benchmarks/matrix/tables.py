@@ -12,6 +12,7 @@ import numpy as np
 
 from dmsec_jax.core.checks import fail
 from dmsec_jax.core.files import write_atomically
+from dmsec_jax.report import result
 
 Row = dict[str, str | int | float]
 COST = ("seconds_preparing", "seconds_training", "seconds_asking", "compilations")
@@ -26,6 +27,14 @@ def row(name: str, identity: dict, arrays: dict[str, np.ndarray]) -> Row:
         if kind in parts:
             parts[kind][column] = value.item()
     return {"cell": name, **identity, **parts["digest"], **parts["figure"], **parts["cost"]}
+
+
+def cost_row(rows: Sequence[Row]) -> result.Row:
+    """Processor time of all models, whenever they were trained."""
+    hours = sum(row[name] for row in rows for name in COST if name.startswith("seconds")) / 3600
+    return result.Row(
+        bench="matrix", metric="processor_time", method="all models", value=hours, n=len(rows), unit="hours", case={}
+    )
 
 
 def write(stem: Path, rows: Sequence[Row]) -> None:

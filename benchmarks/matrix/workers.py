@@ -24,22 +24,26 @@ def work(
     make_job: MakeJob,
     part: tuple[int, int] = (0, 1),
     tell: Callable[[T, str], None] = lambda task, text: None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Does what is missing in this process: first a share, every `part[1]`-th task from `part[0]` on, then whatever others have left.
 
-    A task that another process holds is waited for last, and done here if that process has died. Nothing is kept of a task that is refused with
-    ValueError: the next run tries it again.
+    A task that another process holds is waited for last, and done here if that process has died. Nothing is kept of a task that fails, and the
+    others are done all the same: the next run tries it again.
 
     Args:
         tell: called with every task that ends here and how it ended.
+        wanted: asked before every task whether to go on.
     """
     index, count = part
     left = list(missing(tasks, folder))
     order = sorted(range(len(left)), key=lambda place: (place - index) % count)
-    job, refused = make_job() if left else None, set()
+    job, failed = make_job() if left else None, set()
     for wait, place in ((wait, place) for wait in (False, True) for place in order):
         name, file = left[place], store.path(folder, "cells", left[place])
-        if name in refused or file.is_file():
+        if not wanted():
+            return
+        if name in failed or file.is_file():
             continue
         with store.claimed(file, wait=wait) as mine:
             if not mine or file.is_file():
@@ -47,13 +51,14 @@ def work(
             try:
                 store.save(file, job(tasks[name]))
                 tell(tasks[name], "done")
-            except ValueError as error:
-                refused.add(name)
-                tell(tasks[name], str(error))
+            except Exception as error:  # one model must not end the night's others
+                failed.add(name)
+                tell(tasks[name], f"{type(error).__name__}: {error}")
 
 
 def together(tasks: Mapping[str, T], folder: Path, make_job: MakeJob, workers: int, tell=None) -> None:
-    """As `work`, by so many processes of this machine, each on a core of its own; what a killed one held is done by the others.
+    """As `work`, by so many processes of this machine, each on a core of its own; what a killed one held is done by the others, and if this
+    process is killed they end with the task in hand.
 
     One process on two cores is slower than two processes on one core each: small matrices leave a second core idle.
 
@@ -65,7 +70,7 @@ def together(tasks: Mapping[str, T], folder: Path, make_job: MakeJob, workers: i
     children = []
     for i in range(workers):
         own = cores[i % len(cores) :][:1] if cores else []
-        args = (own, tasks, folder, make_job, (i, workers), *([] if tell is None else [tell]))
+        args = (own, os.getpid(), tasks, folder, make_job, (i, workers), *([] if tell is None else [tell]))
         children.append(context.Process(target=_child, args=args))
     for child in children:
         child.start()
@@ -73,7 +78,7 @@ def together(tasks: Mapping[str, T], folder: Path, make_job: MakeJob, workers: i
         child.join()
 
 
-def _child(cores: list[int], *args) -> None:
+def _child(cores: list[int], parent: int, *args) -> None:
     if cores:
         os.sched_setaffinity(0, cores)  # before JAX starts its threads
-    work(*args)
+    work(*args, wanted=lambda: os.getppid() == parent)

@@ -76,7 +76,7 @@ def test_only_what_has_an_effect_is_told():
     found = statistics.all_comparisons(table(FAMILY))
     told = {(one.knob, one.level, one.reference) for one in found if one.told}
     assert told == {("treatment", "advdm", "clean"), ("treatment", "advdm", "noise")}
-    assert len(found) == len(FAMILY) * (3 + 1 + 1), (
+    assert len(found) == len(FAMILY) * (3 + 1 + 1), (  # nothing here is purified
         "noise and AdvDM over clean, AdvDM over noise; one objective, one tuner"
     )
 

@@ -80,6 +80,18 @@ def test_a_task_that_is_refused_leaves_nothing_and_stops_nothing(tmp_path, marks
     assert "drop it" in said["refused"]
 
 
+def test_workers_end_with_the_process_that_started_them(tmp_path, marks):
+    run = functools.partial(maker, marks, "t4", kills_parent=True)
+    child = multiprocessing.get_context("spawn").Process(target=workers.together, args=(TASKS, tmp_path, run, 1))
+    child.start()
+    child.join()
+    assert child.exitcode == -9
+    while "t4" in workers.missing(TASKS, tmp_path):
+        time.sleep(0.1)
+    time.sleep(0.5)  # for all the others, if it went on
+    assert list(workers.missing(TASKS, tmp_path)) == [f"t{i}" for i in range(5, 12)]
+
+
 def _hold(file, began):
     with store.claimed(file):
         began.set()
