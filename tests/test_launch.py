@@ -129,6 +129,44 @@ def test_two_processes_give_what_one_gives(verb, line, alone, tmp_path):
     assert_same(tmp_path / verb, expected)
 
 
+def in_two_processes(code: str, environments=({}, {})) -> list[subprocess.CompletedProcess]:
+    """What becomes of `code` in two processes, whose arguments are a free address and their number."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, where, str(i)], env=os.environ | environments[i], **pipes)
+        for i in range(2)
+    ]
+    outputs = [child.communicate(timeout=120) for child in children]
+    return [
+        subprocess.CompletedProcess(child.args, child.returncode, *output)
+        for child, output in zip(children, outputs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_process_fails_none_waits(failing):
+    ended = in_two_processes(FAILING.format(failing))
+    assert [process.returncode != 0 for process in ended] == [True, True], ended
+    assert "ValueError: no space left" in ended[failing].stderr
+
+
+FAILING = """
+import sys
+from dmsec_jax import launch
+from dmsec_jax.core import spread
+
+i = int(sys.argv[2])
+with launch.on(launch.Devices(coordinator=sys.argv[1], num_processes=2, process_id=i)):
+    spread.meet()
+    if i == {}:
+        raise ValueError("no space left")
+    spread.meet()
+"""
+
+
 CHILD = """
 import sys
 from dmsec_jax import cli
