@@ -65,7 +65,7 @@ def load(
         variant, tokenizer, prediction_type, weights, allow_partial: see `Reading`.
         pictures: side -> [N, side, side, 3] in [-1, 1], asked for where nothing says what the model predicts: `diffusion.prediction` decides by them.
         dtype: of the parameters, and what the UNet and the text encoders compute in; the autoencoder stays in float32.
-        mesh: where parameters lie, by `parallel.plan`; None: as `parallel.placed`.
+        mesh: where parameters lie, by `parallel.plan`; None: that in force, or the default device.
 
     Raises:
         FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model` and `checkpoints.single_file.model_of`; on a tokenizer that does
@@ -120,7 +120,7 @@ def _placer(part: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Callable[[
 
     def place(path: str, view: np.ndarray) -> jax.Array:
         leaf = np.array(view, kind, order="C")  # a copy: the file may change
-        placed = parallel.placed(leaf) if mesh is None else jax.device_put(leaf, parallel.plan(leaf, mesh))
+        placed = parallel.cut(leaf) if mesh is None else jax.device_put(leaf, parallel.plan(leaf, mesh))
         return jax.block_until_ready(placed)
 
     return place
@@ -233,7 +233,7 @@ def load_tuned(
             params = single_file.params_of(state, base.configs, str(file), weights, placer, partial)
         else:
             found = adapters.read_adapter(file, base.params, partial)
-            params = parallel.placed(adapters.merge(base.params, found, strength))
+            params = parallel.cut(adapters.merge(base.params, found, strength))
             reading |= _chosen(strength=strength)
             if scales := config_beside(file):
                 files = {scales.name: sha256(scales)}
@@ -282,7 +282,7 @@ def with_words(pipeline: Pipeline, paths: Sequence[str | Path]) -> Pipeline:
         rows = np.concatenate([word.vectors[part] for word in learnt])
         path = ("" if part == "text_encoder" else "text_model/") + "embeddings/token_embedding/embedding"
         longer = jnp.concatenate([table, jnp.asarray(rows, table.dtype)])
-        params[part] = trees.unflatten(trees.flatten(params[part]) | {path: longer})
+        params[part] = trees.unflatten(trees.flatten(params[part]) | {path: parallel.cut(longer)})
         fields[field] = dataclasses.replace(getattr(pipeline.configs, field), vocab_size=start)
     configs = dataclasses.replace(pipeline.configs, **fields)
     second = pipeline.tokenizer_2
@@ -323,7 +323,7 @@ def save(
     require(not learnt, "pipeline", "without words of textual inversion", learnt, "save the model that has none")
     model = diffusers.Model(
         configs=pipeline.configs,
-        params=jax.device_get(pipeline.params),
+        params=parallel.to_host(pipeline.params),
         tokenizer=pipeline.tokenizer_folder,
         tokenizer_2=pipeline.tokenizer_2_folder,
     )
