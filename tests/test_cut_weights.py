@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from processes import in_two
 
 from dmsec_jax import parallel, pipeline, tuning
 from dmsec_jax.core import config, spread
@@ -40,6 +41,34 @@ def test_a_device_holds_a_share_and_all_of_them_compute_the_same(tiny_folder, ti
         assert bytes_of_a_device(cut.params[part]) < 0.4 * bytes_of_a_device(tree), part
     close(cut.params, tiny_pipeline.params, 0)
     close(found, expected, 1e-4)
+
+
+def test_two_processes_hold_a_half_each_and_write_the_whole(tiny_folder, tiny_pipeline, tmp_path):
+    ended = in_two(CHILD, str(tiny_folder), str(tmp_path / "model"))
+    assert [process.returncode for process in ended] == [0, 0], ended
+    close(pipeline.load(tmp_path / "model").params, tiny_pipeline.params, 0)
+    close(np.load(tmp_path / "context.npy"), pipeline.contexts(tiny_pipeline, [PROMPT]), 1e-5)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+from dmsec_jax import launch, pipeline
+from dmsec_jax.core import spread
+
+spread.SMALL = 64
+where, i, folder, out = sys.argv[1:]
+with launch.on(launch.Devices(mesh="fsdp=2", coordinator=where, num_processes=2, process_id=int(i))):
+    model = pipeline.load(folder)
+    kernel = model.params["unet"]["conv_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.nbytes * 2 == kernel.nbytes
+    context = np.asarray(pipeline.contexts(model, ["a red dog"]))
+    pipeline.save(out, model)
+    if i == "0":
+        np.save(Path(out).parent / "context.npy", context)
+"""
 
 
 @pytest.mark.slow  # compiles a training twice

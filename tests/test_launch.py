@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from processes import in_two
 from safetensors.numpy import load_file
 
 from dmsec_jax import cli, launch, parallel, pipeline
@@ -132,26 +133,9 @@ def test_two_processes_give_what_one_gives(verb, line, alone, tmp_path):
     assert_same(tmp_path / verb, expected)
 
 
-def in_two_processes(code: str, environments=({}, {})) -> list[subprocess.CompletedProcess]:
-    """What becomes of `code` in two processes, whose arguments are a free address and their number."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{probe.getsockname()[1]}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    children = [
-        subprocess.Popen([sys.executable, "-c", code, where, str(i)], env=os.environ | environments[i], **pipes)
-        for i in range(2)
-    ]
-    outputs = [child.communicate(timeout=120) for child in children]
-    return [
-        subprocess.CompletedProcess(child.args, child.returncode, *output)
-        for child, output in zip(children, outputs, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("failing", [0, 1])
 def test_where_one_process_fails_none_waits(failing):
-    ended = in_two_processes(FAILING.format(failing))
+    ended = in_two(FAILING.format(failing))
     assert [process.returncode != 0 for process in ended] == [True, True], ended
     assert "ValueError: no space left" in ended[failing].stderr
 
