@@ -11,10 +11,10 @@ VERBS = {
     "demo": "the whole story on the embedded model: fine-tune on ten pictures, extract them, report",
     "discover": "which columns of a table cause which, when some causes may be hidden? (SPOT)",
     "extract": "which training pictures does a fine-tuned model give away? (FineXtract and baselines)",
-    "finetune": "fine-tune a model on a few pictures (DreamBooth, Bayesian if you like; full weights, LoRA or OFT)",
+    "finetune": "fine-tune a model on a few pictures (DreamBooth, optionally Bayesian; full weights, LoRA or OFT)",
     "info": "what is this model or LoRA, and can it be loaded? (family, parts, ranks, SHA-256, every key that does not fit)",
-    "protect": "change pictures slightly so that models learn less from them (AdvDM, Mist, ...), and say what it is worth",
-    "pretrain": "train the embedded model, or the skeleton posterior, from nothing",
+    "protect": "change pictures slightly so that models learn less from them (AdvDM, Mist, ...), and measure how well that works",
+    "pretrain": "train the embedded model, or the skeleton posterior, from scratch",
 }
 """Verb -> one line of help; `dmsec_jax.commands.<verb>` holds `Config` and `run`."""
 SHARED = ("authenticate", "discover", "extract", "finetune", "pretrain", "protect")

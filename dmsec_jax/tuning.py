@@ -79,8 +79,8 @@ def read(path: Path | None, overrides: tuple[str, ...]) -> Recipe:
     return configs.override(DEFAULT, overrides)
 
 
-def check(recipe: Recipe, params: Params, schedule: ScheduleConfig) -> None:
-    """Refuses what would fail later; `params` may be `jax.eval_shape` results.
+def check(recipe: Recipe, params: Params, schedule: ScheduleConfig, text_encoder: bool = False) -> None:
+    """Refuses what would fail later; `params`, of the UNet or with `text_encoder` of both networks, may be `jax.eval_shape` results.
 
     Raises:
         ValueError: on what `dreambooth.check`, `bayes_dm.check`, `driver.require_chunks` and `adapter_of` refuse, and on layers that the
@@ -93,10 +93,9 @@ def check(recipe: Recipe, params: Params, schedule: ScheduleConfig) -> None:
     if recipe.bayes is not None:
         bayes_dm.check(cfg)
         local = recipe.bayes.noise == "activations"
-        fits = not local or (tuner_of(recipe) == "full" and recipe.tune.accumulation == 1)
-        require(
-            fits, "bayes.noise", "activations only with full weights, without accumulation", "others", "use weights"
-        )
+        fits = tuner_of(recipe) == "full" and recipe.tune.accumulation == 1 and not text_encoder
+        contract = "weights unless all weights of the UNet alone are trained, without accumulation"
+        require(fits or not local, "bayes.noise", contract, "activations", "take weights")
     jax.eval_shape(
         lambda key, params: method_of(recipe).init(key, params, cfg, adapter=adapter), jax.random.key(0), params
     )

@@ -163,7 +163,7 @@ def test_checkpoints_of_another_run_are_refused(tune, whole, tmp_path, capsys):
     (["--stop-at", "copying", "--set", "tune.num_steps=50"], "stop_at must be never in 50 steps without a sample, got copying"),
     (["--sheets", "posterior"], "sheets must be mean without a posterior"),
     (["--sheets", "posterior", "--bayes", "norm", "--set", "bayes.noise=dropout"], "sheets must be mean without a post"),
-    (["--bayes", "norm", "--set", "bayes.noise=activations", "lora.rank=1", "bayes.selection=lora-up"], "activations only with"),
+    (["--bayes", "norm", "--set", "bayes.noise=activations", "lora.rank=1", "bayes.selection=lora-up"], "unless all weights of the UNet"),
     (["--bayes", "norm", "--set", "bayes.dropout=1"], "dropout must be in [0, 1), got 1"),
     (["--features", "clip"], "weights must be given for the features clip"),
     (["--clip", "nowhere"], "nowhere/config.json"),

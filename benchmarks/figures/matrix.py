@@ -98,5 +98,5 @@ def causes(rows: list[dict]) -> str:
         for name in dict.fromkeys(name for name, _ in shares)
     )
     count = next(iter(effects.values()))["n"]
-    text = f"Rank correlation of knobs, drawn at random for {count} models, and outcomes; bold where distinguishable from zero after Holm's correction."
+    text = f"Rank correlation of outcomes with knobs, which were drawn at random for {count} models; bold where p < 0.05 after Holm's correction."
     return f"{text} `dmsec discover` on the same table ({shown}):\n\n{common.table(lines)}"

@@ -41,7 +41,7 @@ IMITATION_STEPS = 200
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fine-tune a model on a few pictures by an artist it has never seen, extract them from it, prove that they were used, protect them, and
+    """Fine-tune a model on a few pictures by an artist it has never seen, extract them from it, test whether they were used, protect them, and
     watch the stages of the fine-tuning, with a posterior over the weights too (about five minutes on two cores)."""
 
     images: Path | None = None

@@ -39,7 +39,7 @@ from dmsec_jax.tuning import TRAINABLE, Recipe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fine-tune a diffusion model on a few pictures (DreamBooth; full weights, LoRA or OFT; with a posterior over the weights if you like)."""
+    """Fine-tune a diffusion model on a few pictures (DreamBooth; full weights, LoRA or OFT; optionally with a posterior over the weights)."""
 
     images: Path
     """Folder of pictures to learn; a `name.txt` beside `name.png` is that picture's own prompt."""
@@ -238,7 +238,7 @@ def _inputs(cfg: Config, chosen: Recipe) -> Inputs:
     preset, tokenizer = pipeline.peek(cfg.model, cfg.reading)
     shapes = {name: diffusers.shapes(name, getattr(preset, diffusers.COMPONENTS[name].field)) for name in TRAINABLE}
     noise = schedule.from_scheduler_json(preset.scheduler, f"{cfg.model}/scheduler/scheduler_config.json")
-    tuning.check(chosen, shapes if cfg.text_encoder else shapes["unet"], noise)
+    tuning.check(chosen, shapes if cfg.text_encoder else shapes["unet"], noise, cfg.text_encoder)
     every, chunk = cfg.sample_every, chosen.chunk_steps
     cure = f"round it, or give --set chunk_steps={every}"
     require(every % chunk == 0, "sample_every", f"a multiple of chunk_steps={chunk}, or 0", every, cure)

@@ -32,7 +32,7 @@ FINISHED = "autoencoder.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train what ships from nothing; interrupt it at will, the same command goes on."""
+    """Train what ships, from scratch; interrupt it at will, the same command goes on."""
 
     what: Literal["model", "skeleton"] = "model"
     """The embedded nano model, or SPOT's posterior over skeletons, which needs no data; the options below `out` are the former's."""

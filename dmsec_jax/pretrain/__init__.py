@@ -1,1 +1,1 @@
-"""Floor 6, training of the embedded model from nothing: corpus, autoencoder, denoiser with text encoder, model card."""
+"""Floor 6, training of the embedded model from scratch: corpus, autoencoder, denoiser with text encoder, model card."""
