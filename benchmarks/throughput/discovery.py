@@ -146,6 +146,6 @@ def every(batches: tuple[int, ...]) -> Iterator[tuple[str, str, int, Callable[[]
     """(op, shape, batch, builder) of these rows; the batch is the number of data sets, or of starts."""
     for size, data_sets in ((30, 16), (100, 1)):
         yield "spot-posterior", f"{size}-variables", data_sets, functools.partial(posterior, size, data_sets)
-    for op, make in {"spot-objective": lagrangian, "spot-step": steps}.items():
+    for op, make, starts in (("spot-objective", lagrangian, 16), ("spot-step", steps, 4)):
         for size in (20, 50):
-            yield op, f"{size}-variables", 16, functools.partial(make, size, 16)
+            yield op, f"{size}-variables", starts, functools.partial(make, size, starts)
