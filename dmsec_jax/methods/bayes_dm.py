@@ -186,20 +186,20 @@ def deviations(raw: Params, cfg: Posterior) -> Params:
     return raw
 
 
-def perturbed(key: Key, trainable: Params, sigma: Params, some: bool | Bool[Array, ""] = True) -> Params:
+@jax.jit
+def perturbed(key: Key, trainable: Params, sigma: Params, any_noise: bool | Bool[Array, ""] = True) -> Params:
     """mu + sigma * noise on the leaves that `sigma` holds; a leaf's noise depends on the key and on its path alone.
 
-    Nothing is stored: inside jit the noise is made where it is used. The key may be of any generator.
-
     Args:
-        some: False where sigma is zero everywhere, so that nothing has to be drawn.
+        key: of any generator.
+        any_noise: False where sigma is zero everywhere, so that nothing has to be drawn.
     """
     flat = trees.flatten(trainable)
     for path, scale in trees.flatten(sigma).items():
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         draw = lambda own=own, scale=scale: jax.random.normal(own, scale.shape)
         # a branch, which is not fused: else XLA:CPU keeps several arrays of a draw's making for the backward pass, not the noise itself
-        noise = jax.lax.cond(some, draw, lambda scale=scale: jnp.zeros(scale.shape))
+        noise = jax.lax.cond(any_noise, draw, lambda scale=scale: jnp.zeros(scale.shape))
         flat[path] = flat[path] + scale * noise
     return trees.unflatten(flat)
 
@@ -350,11 +350,11 @@ def _drawn(key: Key, base: Params, both: dict[str, Params], prior: Params, cfg: 
     if cfg.noise == "dropout":
         return adapter.merge(base, dropped(key, both["mu"], prior, cfg.dropout))
     sigma = deviations(both["raw"], cfg)
-    some = (jnp.asarray(cfg.sigma0) > 0) | (jnp.asarray(cfg.sigma_rate) > 0) | (jnp.asarray(cfg.sigma_min) > 0)
+    any_noise = (jnp.asarray(cfg.sigma0) > 0) | (jnp.asarray(cfg.sigma_rate) > 0) | (jnp.asarray(cfg.sigma_min) > 0)
     if cfg.noise == "weights":
-        return adapter.merge(base, perturbed(key, both["mu"], sigma, some))
+        return adapter.merge(base, perturbed(key, both["mu"], sigma, any_noise))
     layers, rest = dense(sigma)
-    return {"params": adapter.merge(base, perturbed(key, both["mu"], rest, some)), "sigma": layers}
+    return {"params": adapter.merge(base, perturbed(key, both["mu"], rest, any_noise)), "sigma": layers}
 
 
 def _regularised(grads: Params, both: dict[str, Params], prior: Params, cfg: Config) -> tuple[Params, Float[Array, ""]]:
