@@ -28,6 +28,8 @@ from dmsec_jax.report.result import Row, row_over
 
 SINGLE = tuple(name for name in METHODS if name not in (*RECOVERING, *LOSSES))
 PARTS = ("base", "tuned", "tuned-apart", "unconditional")
+EARLIER = ("loss", "secmi", "pia", "pfami")
+"""Tests from before CGI-DM."""
 CONTROL_SEED = 5000
 """Seeds of the models of the second part begin here: none is trained for the first."""
 
@@ -162,8 +164,11 @@ def _rows(cfg: Config, training: Training, steps: int) -> list[Row]:
 
 
 def _differences(results: list[dict]) -> list[Row]:
-    """AUC minus that of others, paired by seed: the loss difference against all tests, each at its highest cost, CGI-DM against the public code's
-    at equal cost."""
+    """AUC minus that of others, paired by seed.
+
+    The loss difference against all tests, each at its highest cost. CGI-DM against the public code's at equal cost, and at a third of its highest
+    cost or less against it at that; against earlier tests. Of these last two the case has the other's cost, too (`evaluations_against`).
+    """
     values: dict[str, dict] = {}
     for row in results:
         if row["metric"] == "AUC":
@@ -172,12 +177,11 @@ def _differences(results: list[dict]) -> list[Row]:
             own.setdefault(row["case"]["evaluations"], {})[row["seed"]] = row["value"]
     rows = []
 
-    def add(case: str, first: str, at_first: dict, second: str, at_second: dict, cost: int) -> None:
+    def add(case: str, first: str, at_first: dict, second: str, at_second: dict, cost: int, **more: int) -> None:
         gaps = [at_first[seed] - at_second[seed] for seed in at_first]
         names = {"bench": "authentication", "metric": "AUC difference", "unit": "share", "method": first}
-        rows.append(
-            row_over(seed_interval(gaps), **names, case=json.loads(case) | {"against": second, "evaluations": cost})
-        )
+        names["case"] = json.loads(case) | {"against": second, "evaluations": cost} | more
+        rows.append(row_over(seed_interval(gaps), **names))
 
     for case, methods in values.items():
         last = {name: (max(costs), costs[max(costs)]) for name, costs in methods.items()}
@@ -188,6 +192,16 @@ def _differences(results: list[dict]) -> list[Row]:
         for cost, own in methods["cgi-dm"].items():
             if cost in methods["cgi-dm-faithful"]:
                 add(case, "cgi-dm", own, "cgi-dm-faithful", methods["cgi-dm-faithful"][cost], cost)
+        whole, faithful = last["cgi-dm-faithful"]
+        thirds = [cost for cost in methods["cgi-dm"] if 3 * cost <= whole]
+        if thirds:
+            cost = max(thirds)
+            own = methods["cgi-dm"][cost]
+            add(case, "cgi-dm", own, "cgi-dm-faithful", faithful, cost, evaluations_against=whole)
+        cost, own = last["cgi-dm"]
+        for name in EARLIER:
+            other, theirs = last[name]
+            add(case, "cgi-dm", own, name, theirs, cost, evaluations_against=other)
     return rows
 
 

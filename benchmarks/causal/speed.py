@@ -56,11 +56,11 @@ def _posterior(posterior: Posterior) -> Iterator[Row]:
 
 
 def _gradient(posterior: Posterior) -> Iterator[Row]:
-    from benchmarks.throughput import others  # PyTorch with it, which nothing else here needs
+    from benchmarks.throughput import discovery as rows_of_spot  # PyTorch with it, which nothing else here needs
     from benchmarks.torch_baselines import networks
 
     networks.use_threads(1)
-    case = others.lagrangian(100, 1)
+    case = rows_of_spot.lagrangian(100, 1)
     sides = {"spot": build(case).run, PUBLIC: case.peers[PUBLIC]()}
     yield from _compared(sides, "spot", {"op": "value and gradient", "variables": 100, "rows": ROWS})
 

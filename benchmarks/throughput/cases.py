@@ -62,13 +62,18 @@ class Ours:
     trace_seconds: float
     flops: float
     """Of matrix products and convolutions, per call."""
-    temp_bytes: int
+    counted_flops: float = 0.0
+    """Of everything, by XLA, which counts the body of a loop once: `limits` says what that means."""
+    counted_bytes: float = 0.0
+    temp_bytes: int = 0
+    peak_bytes: int = 0
+    """Arguments, results and temporaries together."""
 
 
 def build(case: Case) -> Ours:
     """Traces and compiles our side."""
     if case.host is not None:
-        return Ours(case.host, 0.0, 0.0, case.flops or 0.0, 0)
+        return Ours(case.host, 0.0, 0.0, case.flops or 0.0)
     began = time.perf_counter()
     traced = jax.jit(case.fn).trace(*case.args)
     flops = counters.flops(traced.jaxpr) if case.flops is None else case.flops
@@ -76,9 +81,17 @@ def build(case: Case) -> Ours:
     middle = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
-    memory = compiled.memory_analysis()
-    run = lambda: jax.block_until_ready(compiled(*case.args))
-    return Ours(run, done - middle, middle - began, flops, memory.temp_size_in_bytes)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Ours(
+        run=lambda: jax.block_until_ready(compiled(*case.args)),
+        compile_seconds=done - middle,
+        trace_seconds=middle - began,
+        flops=flops,
+        counted_flops=cost["flops"],
+        counted_bytes=cost["bytes accessed"],
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=counters.peak_bytes(memory),
+    )
 
 
 def differences(case: Case, ours: Arrays, theirs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Work counted in a traced program: nothing is run, nothing is compiled."""
+"""Work counted in a traced program, and memory of a compiled one: nothing is run."""
 
 import math
 from typing import Any
@@ -10,6 +10,12 @@ def flops(closed: Any) -> float:
     """Floating-point operations of the matrix products and convolutions that a traced program's results need (see `products`)."""
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return products(jaxpr)
+
+
+def peak_bytes(memory: Any) -> int:
+    """What a compiled program holds at most: arguments, results where they are others, and temporaries, of its `memory_analysis`."""
+    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    return sum(sizes) - memory.alias_size_in_bytes
 
 
 def products(jaxpr: Any) -> float:

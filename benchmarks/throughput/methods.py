@@ -42,12 +42,12 @@ def moved_models(base_models: Models) -> Models:
     return models
 
 
-def protect(objective: str, batch: int) -> Case:
-    """Steps of AdvDM, or of SDS, from the picture."""
+def protect(objective: str, batch: int, num_draws: int = 1) -> Case:
+    """Steps of AdvDM, or of SDS, from the picture; with more than one draw a step there are no peers."""
     base, _ = embedded()
     shape, sds = base.latent_shape, objective == "sds"
     attack = pgd.Config(budget=Budget(8.0, "8bit"), step_size=Budget(2.0, "8bit"), num_steps=STEPS)
-    cfg = advdm.Config(attack=attack)
+    cfg = advdm.Config(attack=attack, num_draws=num_draws)
     image = np.random.default_rng(0).uniform(-0.9, 0.9, (batch, base.pixels, base.pixels, 3)).astype(np.float32)
     context = pipeline.contexts(base, [PROMPT])
     eps_fn, params = pipeline.single(base, base.params["unet"], context)
@@ -89,7 +89,7 @@ def protect(objective: str, batch: int) -> Case:
         args=({**params, "vae": base.params["vae"]}, jnp.asarray(image), cfg),
         named=named,
         loose={"delta": 0.15},  # a sign flips where a gradient is near zero
-        peers=_peers(public, best, given, own),
+        peers=_peers(public, best, given, own) if num_draws == 1 else {},
     )
 
 

@@ -32,11 +32,11 @@ class Denoiser:
     side: int
     tokens: int
 
-    def inputs(self, batch: int) -> tuple:
-        """(z_t, t, context, cotangent) in NumPy."""
-        rng, channels = np.random.default_rng(0), self.cfg.in_channels
+    def inputs(self, batch: int, side: int | None = None) -> tuple:
+        """(z_t, t, context, cotangent) in NumPy; latents of another `side` if that is given."""
+        rng, channels, side = np.random.default_rng(0), self.cfg.in_channels, side or self.side
         normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-        z_t, t = normal(batch, self.side, self.side, channels), rng.integers(0, 1000, batch)
+        z_t, t = normal(batch, side, side, channels), rng.integers(0, 1000, batch)
         return z_t, t, normal(batch, self.tokens, self.cfg.cross_attention_dim), normal(*z_t.shape)
 
 
@@ -66,10 +66,10 @@ def denoiser(shape: str) -> Denoiser:
     return Denoiser(shape, cfg, params, lambda: module, 32, 77)
 
 
-def unet_forward(shape: str, batch: int) -> Case:
+def unet_forward(shape: str, batch: int, side: int | None = None) -> Case:
     """The UNet's prediction."""
     net = denoiser(shape)
-    z_t, t, context, _ = net.inputs(batch)
+    z_t, t, context, _ = net.inputs(batch, side)
     apply = functools.partial(unet.apply, net.cfg)
     peers = {name: lambda how=how: passes.forward(net.module(), z_t, t, context, how=how) for name, how in HOW.items()}
     names = {"op": "unet-forward", "shape": shape, "batch": batch}
@@ -163,7 +163,7 @@ def every(batches: tuple[int, ...]) -> Iterator[tuple[str, str, int, Callable[[]
         "unet-weight-gradient": unet_weight_gradient,
     }
     for op, make in ops.items():
-        shapes = [("embedded", batch) for batch in batches] + [("middle", 1), ("middle", 4), ("sd15", 1)]
+        shapes = [("embedded", batch) for batch in batches] + [("middle", 1), ("middle", 4), ("sd15", 1), ("sd15", 2)]
         for shape, batch in shapes:
             yield op, shape, batch, functools.partial(make, shape, batch)
     for op, make in {"vae-encode-gradient": vae_encode_gradient, "text-encoder": text_encoder}.items():

@@ -8,10 +8,11 @@ static shares wait for the slowest thread, XLA's do not, so that wall times on b
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 PAUSE = 0.02
 """Seconds between blocks."""
@@ -27,7 +28,7 @@ class Times(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """Median over rounds with its 95 % bootstrap interval."""
+    """A figure with its 95 % interval: of a median over rounds by bootstrap, of an exponent by Student."""
 
     value: float
     low: float
@@ -44,7 +45,8 @@ def interleaved(
         block: seconds of work in one block of one side, at least one call.
     """
     rng, names = np.random.default_rng(seed), list(sides)
-    calls = {name: max(1, int(block / max(_once(sides[name])[0], 1e-6))) for name in names}
+    first = {name: max(_once(sides[name])[0], 1e-6) for name in names}
+    calls = {name: max(1, int(block / first[name])) for name in names}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     began = time.perf_counter()
     gc.collect()
@@ -56,7 +58,7 @@ def interleaved(
                 break
             for name in rng.permutation(names):
                 time.sleep(PAUSE)
-                if block / calls[name] < WARM:
+                if first[name] < WARM:
                     sides[name]()
                 taken[name].append(_once(sides[name], calls[name]))
     finally:
@@ -78,12 +80,19 @@ def median(values: np.ndarray) -> Ratio:
     return Ratio(float(np.median(values)), *(float(q) for q in np.percentile(drawn, [2.5, 97.5])))
 
 
-def matrix_peak(run: Callable[[], Any], flops: float, *, seconds: float = 1.0) -> dict[str, float]:
-    """Best rate of a matrix product on each clock, in GFLOP/s."""
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> Ratio:
+    """p of values ~ sizes^p by least squares on logarithms, with Student's 95 % interval; at least three points."""
+    fit = stats.linregress(np.log(sizes), np.log(values))
+    width = stats.t.ppf(0.975, len(sizes) - 2) * fit.stderr
+    return Ratio(float(fit.slope), float(fit.slope - width), float(fit.slope + width))
+
+
+def peak(run: Callable[[], Any], work: float, *, seconds: float = 1.0) -> dict[str, float]:
+    """Best rate at which `work` was done on each clock, in units of 1e9 a second."""
     run()
     found, end = [], time.perf_counter() + seconds
     while len(found) < 5 or time.perf_counter() < end:
         found.append(_once(run, 3))
     return {
-        name: flops / min(values) / 1e9 for name, values in zip(("wall", "cpu"), zip(*found, strict=True), strict=True)
+        name: work / min(values) / 1e9 for name, values in zip(("wall", "cpu"), zip(*found, strict=True), strict=True)
     }

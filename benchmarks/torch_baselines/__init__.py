@@ -14,6 +14,7 @@ passes     forward passes and gradients of single networks
 attacks    AdvDM, SDS, CGI-DM
 sampling   FineXtract
 training   DreamBooth, LoRA, variational
-causal     ABIC's objective as published, and in covariance form
+causal     ABIC's objective as published, and in covariance form; steps of Adam on both
+posterior  SPOT's skeleton posterior
 groups     similarities of all pairs, and groups of them
 """
