@@ -158,8 +158,9 @@ def train(
 
     key_init, key_steps = jax.random.split(key)
     done, state = (0, init(key_init, net, cfg, start)) if resume is None else resume
-    state = jax.tree.map(jnp.copy, state)  # what the caller gave stays his
-    losses: list[float] = []
+    # what the caller gave stays his; where it is to be already, or the second update would compile again
+    state = jax.jit(lambda state: spread.cut(jax.tree.map(jnp.copy, state)))(state)
+    losses: list[jax.Array] = []
     for i in range(done, cfg.num_steps):
         size = cfg.sizes[i % len(cfg.sizes)]
         state, loss = advance(state, jax.random.fold_in(key_steps, i), size=size)
