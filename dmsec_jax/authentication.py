@@ -203,7 +203,7 @@ def recover(
     Args:
         name: "cgi-dm", or "cgi-dm-faithful" for the public code's choices: noise drawn for each model apart, one draw per step, and a start
             that was rounded to eight bits and encoded again by a random draw.
-        resume: what `on_chunk` was last given in an earlier call with the same arguments; the result is that of one call.
+        resume: what `on_chunk` was last given in an earlier call with the same arguments, on whatever devices; the result is that of one call.
         on_chunk: called after every `CHUNK` steps of a batch.
 
     Raises:
@@ -229,19 +229,18 @@ def recover(
     run = functools.partial(_advance, num_steps=min(CHUNK, cfg.num_steps), pair_fn=pair_fn, schedule=base.schedule)
     count, size = len(images), spread.filled(min(settings.batch_size, len(images)))
     found = resume or Unfinished(np.zeros(z0.shape, np.float32), np.zeros(count, int), np.zeros(count, int))
-    for first in range(0, count, size):
-        index = np.minimum(np.arange(first, first + size), count - 1)  # the last batch is filled up: one compilation
-        kept = index[: min(size, count - first)]
-        state = cgi_dm.State(jnp.asarray(found.delta[index]), jnp.asarray(index), jnp.int32(found.done[first]))
-        while found.done[first] < cfg.num_steps:
-            state, info = run(key_steps, state, z0[index], start[index], masks[index], params, cfg)
-            skipped = np.asarray((~info.finite).sum(axis=0))
-            found = jax.tree.map(np.copy, found)
-            found.delta[kept] = np.asarray(state.delta)[: len(kept)]
-            found.skipped[kept] += skipped[: len(kept)]
-            found.done[kept] += len(info.finite)
-            if on_chunk is not None:
-                on_chunk(found)
+    while (left := np.flatnonzero(found.done < cfg.num_steps)).size:
+        # those that are as far as the first: batches of a run on other devices may have ended elsewhere
+        rows = left[found.done[left] == found.done[left[0]]][:size]
+        index = rows[np.minimum(np.arange(size), len(rows) - 1)]  # the last batch is filled up: one compilation
+        state = cgi_dm.State(jnp.asarray(found.delta[index]), jnp.asarray(index), jnp.int32(found.done[rows[0]]))
+        state, info = run(key_steps, state, z0[index], start[index], masks[index], params, cfg)
+        found = jax.tree.map(np.copy, found)
+        found.delta[rows] = np.asarray(state.delta)[: len(rows)]
+        found.skipped[rows] += np.asarray((~info.finite).sum(axis=0))[: len(rows)]
+        found.done[rows] += len(info.finite)
+        if on_chunk is not None:
+            on_chunk(found)
     whole = lambda delta: cgi_dm.completed(cgi_dm.State(delta, None, None), z0, start, masks, cfg)
     partial, completed = whole(jnp.zeros_like(z0)), whole(jnp.asarray(found.delta))
     distance = lambda z: np.asarray(jnp.sqrt(jnp.square(z - z0).sum(axis=(1, 2, 3))), np.float64)

@@ -9,7 +9,7 @@ import pytest
 from dmsec_jax import authentication, pipeline
 from dmsec_jax.authentication import METHODS, RECOVERING, Settings
 from dmsec_jax.diffusion import draws
-from dmsec_jax.methods import membership
+from dmsec_jax.methods import cgi_dm, membership
 
 # the same settings as in the tests of the command: one compilation serves all
 SMALL = Settings(
@@ -110,6 +110,20 @@ def test_interrupted_recovery_ends_as_an_uninterrupted_one(subject):
     assert whole.images.shape == whole.partial.shape == (3, 16, 16, 3)
     assert (whole.error > 0).all()
     assert (whole.skipped == 0).all()
+
+
+def test_pictures_that_batches_of_another_size_left_at_different_steps_all_end(subject, monkeypatch):
+    def advance(key, state, known, start, mask, params, cfg, *, num_steps, **options):
+        finite = np.ones((num_steps, len(state.index)), bool)
+        return state._replace(delta=state.delta + num_steps, i=state.i + num_steps), cgi_dm.Info(None, None, finite)
+
+    monkeypatch.setattr(authentication, "_advance", advance)
+    done, seen = np.array([50, 25, 0]), []
+    delta = np.ones((3, *subject.base.latent_shape), np.float32) * done[:, None, None, None]
+    left = authentication.Unfinished(delta.astype(np.float32), done, np.zeros(3, int))
+    authentication.recover(KEY, subject, noise(3), SMALL, resume=left, on_chunk=seen.append)
+    assert [state.done.tolist() for state in seen] == [[50, 50, 0], [50, 50, 25], [50, 50, 50]]
+    np.testing.assert_array_equal(seen[-1].delta, 50)
 
 
 @pytest.mark.slow  # the command's tests run the same, compiled once

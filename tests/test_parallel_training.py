@@ -1,5 +1,6 @@
 """Training on meshes of eight virtual devices and under `pmap` is training on one device, in place and with one program."""
 
+import contextlib
 import dataclasses
 import operator
 import re
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmsec_jax import parallel
+from dmsec_jax import parallel, tuning
 from dmsec_jax.causal import sem, skeleton
+from dmsec_jax.core import spread
 from dmsec_jax.diffusion.schedule import ScheduleConfig
-from dmsec_jax.finetune import dreambooth
+from dmsec_jax.finetune import dreambooth, driver
 from dmsec_jax.finetune.adapters import full
 from dmsec_jax.finetune.examples import Data, examples
 from dmsec_jax.finetune.lora import lora
@@ -96,6 +98,38 @@ def test_training_on_a_mesh_or_under_pmap_is_training_on_one_device(tune, begin,
     assert_same(parallel.to_host((found, info)), alone)
 
 
+DRIVEN = pytest.mark.parametrize(
+    ("method", "cfg", "adapter"),
+    [(driver.DREAMBOOTH, CFG, full()), (driver.DREAMBOOTH, CFG, LORA), (tuning.BAYES, BAYES, full())],
+    ids=["weights", "lora", "posterior"],
+)
+
+
+@DRIVEN
+def test_ten_steps_of_the_driver_on_a_mesh_are_one_program(method, cfg, adapter):
+    ten = dataclasses.replace(cfg, num_steps=10)
+    before = driver._advance._cache_size()
+    with jax.set_mesh(parallel.make_mesh("data=2,fsdp=4")):
+        outcome = driver.fit(
+            KEY, *parallel.placed((DATA, TUNED)), ten, adapter=adapter, method=method, chunk_steps=1, **NETWORK
+        )
+    assert len(outcome.past.info.loss) == 10
+    assert driver._advance._cache_size() == before + 1
+
+
+@DRIVEN
+@pytest.mark.parametrize("axes", [None, "data=2,fsdp=4"])
+def test_the_driver_writes_weights_and_moments_in_place(method, cfg, adapter, axes):
+    mesh = contextlib.nullcontext() if axes is None else jax.set_mesh(parallel.make_mesh(axes))
+    with mesh:
+        data, params = parallel.placed((DATA, TUNED))
+        state = driver._init(KEY, params, cfg, method=method, adapter=adapter)
+        options = {"method": method, "adapter": adapter, "text_fn": None, "num_steps": 2, **NETWORK}
+        compiled = driver._advance.lower(KEY, state, data, params, cfg, **options).compile()
+    own = parallel.bytes_per_device(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    assert compiled.memory_analysis().alias_size_in_bytes == own
+
+
 POSTERIOR = skeleton.Config(num_steps=4, pairs=240, sizes=(6,), rows=(200, 2000))  # 16 data sets an update
 NET = skeleton_net.EdgeMLP(width=8, depth=1)
 
@@ -115,6 +149,29 @@ def test_the_posterior_over_skeletons_is_learnt_by_all_devices_together():
         compiled = jax.jit(learn).lower(KEY, parallel.replicate(state, mesh)).compile()
     assert "all-reduce" in set(COLLECTIVES.findall(compiled.as_text())) <= {"all-reduce", "all-gather"}
     assert_same(jax.device_get(of(compiled(KEY, parallel.replicate(state, mesh)))), alone)
+
+
+def test_ten_updates_of_the_posterior_on_a_mesh_are_one_program():
+    update = skeleton.updating(sem.SPOT, NET, POSTERIOR)
+
+    @partial(jax.jit, static_argnames="size", donate_argnames="state")
+    def advance(state, key, size):
+        state, loss = update(state, key, size)
+        return spread.cut(state), spread.whole(loss)
+
+    compiled, programs = (
+        [],
+        [],
+    )  # not `_cache_size`, which counts a state that holds a typed key twice without compiling it again
+    event = "/jax/core/compile/backend_compile_duration"
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: name == event and compiled.append(name))
+    with jax.set_mesh(parallel.make_mesh()):
+        state = parallel.placed(skeleton.init(KEY, NET, POSTERIOR))
+        for i in range(10):
+            state, _ = advance(state, jax.random.fold_in(KEY, i), size=6)
+            programs.append(len(compiled))
+    assert programs == [programs[0]] * 10
+    assert programs[0] > 0
 
 
 def test_rows_that_devices_cannot_share_are_refused():

@@ -9,8 +9,10 @@ import pytest
 from dmsec_jax import imitation, loading, pipeline, tuning
 from dmsec_jax.checkpoints import adapter_export
 from dmsec_jax.checkpoints.io import write_tensors
+from dmsec_jax.checkpoints.unfinished import Store
 from dmsec_jax.commands import authenticate, demo, extract, finetune, protect
 from dmsec_jax.core.files import sha256
+from dmsec_jax.methods import finextract
 
 
 @pytest.fixture
@@ -79,6 +81,20 @@ def test_imitators_of_a_model_read_otherwise_are_trained_anew(tiny_pipeline, tmp
     file = tmp_path / "clean.npz"
     file.write_bytes(file.read_bytes()[:100])
     assert compare(loading.predicting(tiny_pipeline, other)) == 1  # cut short: that one alone
+
+
+def test_extracted_pictures_are_kept_by_their_numbers_not_by_their_batches(tmp_path):
+    pictures = finextract.Extraction(np.arange(10.0), np.ones(10, bool), np.arange(10.0))
+    for start, stop in ((0, 3), (3, 6), (8, 10)):
+        part = {name: array[start:stop] for name, array in pictures._asdict().items()}
+        Store(tmp_path / f"unfinished.plain.{start}-{stop}.npz", ["plain"]).write(**part)
+
+    def kept(start, stop, made_from="plain"):
+        found = extract._stored(tmp_path, "unfinished.plain", [made_from], range(start, stop))
+        return None if found is None else found.images.tolist()
+
+    assert [kept(0, 3), kept(0, 4), kept(1, 6), kept(9, 10)] == [[0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4, 5], [9]]
+    assert [kept(4, 8), kept(6, 8), kept(6, 10), kept(0, 3, made_from="another")] == [None] * 4
 
 
 @pytest.mark.parametrize("command", [extract, authenticate])

@@ -7,9 +7,11 @@ goes on. A cell takes from one minute to half an hour on one core.
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
@@ -52,6 +54,8 @@ SAMPLED = {"UNet": 4, "sampling": 4, "AdvDM": 2, "CGI-DM": 2}
 """Steps whose rows never meet -> rows per device at 512 pixels."""
 TRAINED = ("DreamBooth", "Bayesian")
 """Steps that change all weights."""
+VARIABLES = {"SPOT search": 8, "SPOT posterior": 1}
+"""Steps of causal discovery -> starts or data sets per device, of 100 variables."""
 
 
 def alone(step: str, topology: str, model: str = "SD 1.5", pixels: int = 512, rows: int | None = None, **more) -> Cell:
@@ -66,27 +70,43 @@ def trained(step: str, topology: str, model: str = "SD 1.5", pixels: int = 512, 
     return Cell(step, model, pixels, topology, f"data={data},fsdp={fsdp}", rows)
 
 
+def discovering(step: str, topology: str) -> Cell:
+    """A step of causal discovery, its starts or data sets over all devices."""
+    return Cell(step, steps.GRAPHS, 100, topology, f"data={chips.TOPOLOGIES[topology].devices}", VARIABLES[step])
+
+
 CELLS = (
+    # what must fit: every step of Stable Diffusion 1.5 on v5e, every step of Stable Diffusion XL on v5p
     *(alone(step, "v5e-4") for step in SAMPLED),
     *(trained(step, "v5e-4") for step in TRAINED),
     trained("LoRA", "v5e-4", fsdp=1),
-    # the state whole on each device: what a posterior adds to it
-    *(trained(step, "v5p-8", fsdp=1) for step in ("DreamBooth", "Bayesian", "Bayesian linear")),
+    *(alone(step, "v5p-8", "SDXL", 1024, 1) for step in SAMPLED),
+    *(trained(step, "v5p-8", "SDXL", 1024, 1) for step in TRAINED),
+    trained("LoRA", "v5p-8", "SDXL", 1024, 1, fsdp=1),
+    *(discovering(step, "v5e-4") for step in VARIABLES),
+    # more devices of data: the same work on each
     *(alone("UNet", topology) for topology in ("v5e-16", "v5e-256")),
     *(trained("LoRA", topology, fsdp=1) for topology in ("v5e-16", "v5e-256")),
-    alone("UNet", "v5p-8", "SDXL", 1024, 1),
-    trained("LoRA", "v5p-8", "SDXL", 1024, 1, fsdp=1),
-    *(trained(step, "v5p-8", "SDXL", 1024, 1) for step in TRAINED),
-    *(alone(step, "v5p-8", "SDXL", 1024, 1) for step in ("sampling", "AdvDM", "CGI-DM")),
     *(trained("DreamBooth", topology) for topology in ("v5e-16", "v5e-256", "2 x v5e-16")),
+    # the state whole on each device: what a posterior adds to it
+    *(trained(step, "v5p-8", fsdp=1) for step in ("DreamBooth", "Bayesian", "Bayesian linear")),
+    # larger pictures
+    *(alone(step, "v5e-4", pixels=1024, rows=1) for step in SAMPLED),
+    *(trained("DreamBooth", topology, pixels=1024, rows=1) for topology in ("v5e-4", "v5e-16")),
+    trained("LoRA", "v5e-4", pixels=1024, rows=1, fsdp=1),
     *(alone("sampling", topology) for topology in ("v5e-256", "v6e-16", "v5p-128")),
-    *(alone(step, "v5e-4", pixels=1024, rows=1) for step in ("UNet", "AdvDM")),
     *(alone(step, topology) for topology in ("v5e-16", "v5e-256") for step in ("AdvDM", "CGI-DM")),
     alone("sampling", "v5e-4", "SDXL", 1024, 1),
     *(trained("DreamBooth", topology) for topology in ("v6e-16", "v5p-8", "v5p-128")),
     *(trained("DreamBooth", topology, "SDXL", 1024, 1) for topology in ("v6e-16", "v5p-128")),
 )
 """In order of worth."""
+
+
+def must_fit(cell: Cell) -> bool:
+    """Whether the project promises it: Stable Diffusion 1.5 at 512 pixels on v5e, Stable Diffusion XL on v5p."""
+    chip = chips.TOPOLOGIES[cell.topology].chip
+    return (cell.model, cell.pixels, chip) == ("SD 1.5", 512, "v5e") or (cell.model, chip) == ("SDXL", "v5p")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +116,7 @@ class Config:
     only: str = ""
     """Cells whose topology and name contain this."""
     list: bool = False
-    """Say which there are, and which have a result."""
+    """Say which there are, which have a result, and which results are of an older program: traces those, seconds to a minute each."""
     minutes: float = math.inf
     """Begin no further cell after this time."""
 
@@ -111,27 +131,42 @@ def main(cfg: Config) -> None:
                 break
             print(f"[{i + 1}/{len(chosen)}] {cell.topology}: {cell.name} ... ", end="", flush=True)
             print(measured(cell), flush=True)
-    lines = [[cell.topology, cell.name, _state(cell)] for cell in chosen]
+    lines = [[cell.topology, cell.name, _state(cell) + (_age(cell) if cfg.list else "")] for cell in chosen]
     print(table(["topology", "cell", "result"], lines))
+    for cell in filter(must_fit, missing(chosen)):
+        print(f"not compiled yet, must fit: {cell.topology} {cell.name}")
     seconds = round(time.monotonic() - began, 1)
-    print(
-        json.dumps(
-            {"bench": "pod", "cells": len(chosen), "results": sum(c.path.is_file() for c in chosen), "seconds": seconds}
-        )
-    )
+    done = len(chosen) - len(missing(chosen))
+    print(json.dumps({"bench": "pod", "cells": len(chosen), "results": done, "seconds": seconds}))
+
+
+def missing(cells: Sequence[Cell] = CELLS) -> list[Cell]:
+    """Cells that have no result."""
+    return [cell for cell in cells if not cell.path.is_file()]
+
+
+def traced(cell: Cell) -> compiled.Lowered:
+    """The cell's program as it is now."""
+    topology = chips.TOPOLOGIES[cell.topology]
+    mesh = parallel.make_mesh(cell.mesh, chips.devices(cell.topology))
+    setting = Setting(cell.model, cell.pixels, cell.rows * topology.devices, cell.weights)
+    compiler = f"libtpu {importlib.metadata.version('libtpu')} {topology}"
+    return compiled.lower(steps.BUILDS[cell.step](setting, mesh), mesh, compiler)
+
+
+def outdated(cell: Cell) -> bool:
+    """Whether the file of a cell is of another program than `traced`."""
+    return json.loads(cell.path.read_text())["program"] != traced(cell).digest
 
 
 def measured(cell: Cell) -> str:
     """Compiles a cell and writes its file, unless that holds the same program already."""
     topology = chips.TOPOLOGIES[cell.topology]
     chip = chips.CHIPS[topology.chip]
-    mesh = parallel.make_mesh(cell.mesh, chips.devices(cell.topology))
-    setting = Setting(cell.model, cell.pixels, cell.rows * topology.devices, cell.weights)
-    compiler = f"libtpu {importlib.metadata.version('libtpu')} {topology}"
-    lowered = compiled.lower(steps.BUILDS[cell.step](setting, mesh), mesh, compiler)
+    lowered = traced(cell)
     if cell.path.is_file() and json.loads(cell.path.read_text())["program"] == lowered.digest:
         return "has a result"
-    found = compiled.measure(lowered, chip, cell.rows)
+    found = compiled.measure(lowered, chip, cell.rows, topology.slices)
     rows = [dataclasses.asdict(row) for row in rows_of(cell, found, chip)]
     content = {
         "schema": "dmsec-bench",
@@ -161,17 +196,21 @@ def rows_of(cell: Cell, found: dict, chip: chips.Chip) -> list[Row]:
     limit = row("limit_gib", chip.memory / chips.GIB, "GiB")
     if not found["fits"]:
         return [row("peak_gib", found["needed_gib"], "GiB"), limit]
-    return [
+    rows = [
         row("peak_gib", found["peak_gib"], "GiB"),
         limit,
-        row("flops_ratio", found["flops"] / found["flops_analytic"], "compiled / analytic"),
         *(
             row(kind.replace("-", "_"), found["collectives"].get(kind, {"count": 0})["count"], "instructions")
-            for kind in compiled.KINDS
+            for kind in (*compiled.KINDS, compiled.SEND)
         ),
-        row("projected_seconds", found["projected_seconds"], "seconds"),
-        row("projected_mfu", found["projected_mfu"], "share"),
     ]
+    if "flops" in found:
+        rows += [
+            row("flops_ratio", found["flops"] / found["flops_analytic"], "compiled / analytic"),
+            row("projected_seconds", found["projected_seconds"], "seconds"),
+            row("projected_mfu", found["projected_mfu"], "share"),
+        ]
+    return rows
 
 
 def remedy(cell: Cell, found: dict, chip: chips.Chip) -> str:
@@ -190,14 +229,20 @@ def remedy(cell: Cell, found: dict, chip: chips.Chip) -> str:
 
 def _state(cell: Cell) -> str:
     if not cell.path.is_file():
-        return "-"
+        return "not compiled yet"
     content = json.loads(cell.path.read_text())
     found = content["found"]
     if not found["fits"]:
         return f"does not fit: needs {found['needed_gib']} of {content['limit_gib']:.2f} GiB; {content['notes'][0]}"
     talk = ", ".join(f"{part['count']} {kind}" for kind, part in found["collectives"].items()) or "no collectives"
-    ratio = found["flops"] / found["flops_analytic"]
-    return f"{found['peak_gib']:.2f} of {content['limit_gib']:.2f} GiB, {ratio:.2f} x analytic, {talk}"
+    ratio = f", {found['flops'] / found['flops_analytic']:.2f} x analytic" if "flops" in found else ""
+    return f"{found['peak_gib']:.2f} of {content['limit_gib']:.2f} GiB{ratio}, {talk}"
+
+
+def _age(cell: Cell) -> str:
+    """A word on a result of an older program; nothing where there is no result or no compiler to name."""
+    known = cell.path.is_file() and importlib.util.find_spec("libtpu") is not None
+    return "; of an OLDER program" if known and outdated(cell) else ""
 
 
 if __name__ == "__main__":

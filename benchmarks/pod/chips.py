@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Peaks as Google Cloud's documentation gives them; memory as the compiler enforces it."""
+    """Peaks as Google Cloud's documentation gives them (cloud.google.com/tpu/docs/v5e, v5p, v6e); memory as the compiler enforces it."""
 
     flops: float
     """Per second, bfloat16."""
@@ -24,14 +24,17 @@ class Chip(NamedTuple):
     """Bytes per second to and from HBM."""
     links: float
     """Bytes per second to and from the other chips of a slice, all links together."""
+    network: float
+    """Bytes per second to other slices: the data center network's bandwidth, shared by the chips of a host."""
     memory: float
     """Bytes of HBM that a program may use."""
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 200e9, 15.75 * GIB),
-    "v5p": Chip(459e12, 2765e9, 600e9, 95.74 * GIB),
-    "v6e": Chip(918e12, 1640e9, 448e9, 31.25 * GIB),
+    # the network: 6.4 and 25.6 Tbit/s for the 256 chips of a pod of v5e and v6e (2 x 100 and 4 x 200 Gbit/s for 8 chips), 50 Gbit/s a chip of v5p
+    "v5e": Chip(197e12, 819e9, 200e9, 25e9 / 8, 15.75 * GIB),
+    "v5p": Chip(459e12, 2765e9, 600e9, 50e9 / 8, 95.74 * GIB),
+    "v6e": Chip(918e12, 1640e9, 448e9, 100e9 / 8, 31.25 * GIB),
 }
 
 

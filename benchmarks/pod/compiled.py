@@ -17,7 +17,9 @@ from dmsec_jax.core.checks import require
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 """A tenth of the compile time; less is fused, so memory and bytes are upper bounds."""
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)")
+SEND = "send"
+"""What a device gives to another slice: there the compiler hands over to the hosts, and groups of the collectives are within a slice."""
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join((*KINDS, SEND))})(?:-start)?\((.*)")
 ARRAY = re.compile(r"\b(?:pred|[suf](\d+)|bf(16)|f8\w*)\[([\d,]*)\]")
 GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<members>[\d,]+)\}|mesh\[(?P<mesh>[^\]]*)\][^{]*\{(?P<axes>[^}]*)\})"
@@ -39,13 +41,14 @@ def lower(program: Program, mesh: Mesh, compiler: str) -> Lowered:
     """Traces a step for the devices of a mesh."""
     options = {} if program.out_shardings is None else {"out_shardings": program.out_shardings}
     with jax.set_mesh(mesh):
-        jitted = jax.jit(program.run, donate_argnums=program.donated, **options)
+        # what a step is given lies on the device, read or not: the base model beside a copy of it that is trained
+        jitted = jax.jit(program.run, donate_argnums=program.donated, keep_unused=True, **options)
         lowered = jitted.lower(*program.args)
     text = "\n".join([compiler, str(sorted(OPTIONS.items())), str(mesh.shape), lowered.as_text()])
     return Lowered(program, lowered, hashlib.sha256(text.encode()).hexdigest())
 
 
-def measure(step: Lowered, chip: Chip, examples: float) -> dict[str, Any]:
+def measure(step: Lowered, chip: Chip, examples: float, slices: int = 1) -> dict[str, Any]:
     """Compiles, and reads off everything; `examples` are those of one device.
 
     A program that does not fit is refused by the compiler: then only what it would need is known.
@@ -58,13 +61,8 @@ def measure(step: Lowered, chip: Chip, examples: float) -> dict[str, Any]:
             raise
         return {"fits": False, "needed_gib": needed(str(error)), "compile_seconds": time.monotonic() - began}
     seconds, spent = time.monotonic() - began, time.process_time() - spent
-    text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
-    work, repeats = step.program.work, step.program.repeats
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     found = collectives(text)
-    flops = (cost["flops"] + work.hidden * examples) * repeats
-    moved, exchanged = cost["bytes accessed"] * repeats, sum(part["bytes"] for part in found.values()) * repeats
-    times = {"products": flops / chip.flops, "memory": moved / chip.bandwidth, "links": exchanged / chip.links}
-    slowest = max(times.values())
     gib = lambda name: getattr(memory, f"{name}_in_bytes") / GIB
     return {
         "fits": True,
@@ -75,13 +73,33 @@ def measure(step: Lowered, chip: Chip, examples: float) -> dict[str, Any]:
         "outputs_gib": gib("output_size"),
         "aliased_gib": gib("alias_size"),
         "temporaries_gib": gib("temp_size"),
+        "collectives": found,
+        "unplanned": sorted(found.keys() - step.program.plan - ({SEND} if slices > 1 else set())),
+        "kernels": text.count("tpu_custom_call"),
+        **(projection(step.program, compiled.cost_analysis(), found, chip, examples) if step.program.work else {}),
+    }
+
+
+def projection(
+    program: Program, cost: dict[str, float], found: dict[str, dict[str, float]], chip: Chip, examples: float
+) -> dict[str, Any]:
+    """What is computed and moved, by the compiler and by hand, and the time that the slowest of a chip's peaks gives it."""
+    work, repeats = program.work, program.repeats
+    flops = (cost["flops"] + work.hidden * examples) * repeats
+    sent = {kind: part["bytes"] * repeats for kind, part in found.items()}
+    moved, between = cost["bytes accessed"] * repeats, sent.pop(SEND, 0.0)
+    times = {
+        "products": flops / chip.flops,
+        "memory": moved / chip.bandwidth,
+        "links": sum(sent.values()) / chip.links,
+        "network": between / chip.network,
+    }
+    slowest = max(times.values())
+    return {
         "flops": flops,
         "flops_analytic": (work.visible + work.hidden) * examples * repeats,
         "flops_useful": work.useful * examples * repeats,
         "bytes": moved,
-        "collectives": found,
-        "unplanned": sorted(found.keys() - step.program.plan),
-        "kernels": text.count("tpu_custom_call"),
         "seconds": times,
         "bound": max(times, key=times.get),
         "projected_seconds": slowest,
@@ -103,6 +121,8 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
 
 def _factor(kind: str, rest: str, asynchronous: bool) -> float:
     """What one device sends, over the size of what the instruction gives."""
+    if kind == SEND:
+        return 1.0
     if kind == "collective-permute":
         return 0.5 if asynchronous else 1.0  # the start gives its operand, too
     n = together(rest)

@@ -1,6 +1,7 @@
 """The compiled steps of the methods as this library runs them, with shapes in place of arrays and a place on the mesh for each."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,18 +12,21 @@ from jax.sharding import Mesh
 
 from benchmarks.pod import counts
 from benchmarks.pod.counts import Work
-from dmsec_jax import parallel, pipeline
+from dmsec_jax import discovery, parallel, pipeline
+from dmsec_jax.causal import sem, skeleton
 from dmsec_jax.core import pgd
 from dmsec_jax.diffusion import schedule
 from dmsec_jax.finetune import dreambooth
 from dmsec_jax.finetune.adapters import full
 from dmsec_jax.finetune.examples import Data, Examples
 from dmsec_jax.finetune.lora import lora
-from dmsec_jax.methods import advdm, bayes_dm, cgi_dm, finextract
-from dmsec_jax.models import presets, unet, vae
+from dmsec_jax.methods import advdm, bayes_dm, cgi_dm, finextract, spot
+from dmsec_jax.models import presets, skeleton_net, unet, vae
 
 TOKENS = 77
 MODELS = {"SD 1.5": presets.SD15, "SDXL": presets.SDXL}
+GRAPHS = "graphs"
+"""The model of the steps of causal discovery."""
 
 
 class Setting(NamedTuple):
@@ -30,6 +34,7 @@ class Setting(NamedTuple):
 
     model: str
     pixels: int
+    """Of a picture's side; of `GRAPHS` the variables."""
     rows: int
     weights: str = "float32"
 
@@ -50,8 +55,8 @@ class Program(NamedTuple):
     """None: the compiler's choice."""
     repeats: int
     """Trips of the loop around everything, whose body the compiler counts once."""
-    work: Work
-    """Of one example and one trip."""
+    work: Work | None
+    """Of one example and one trip; None where loops within loops hide what is computed from the compiler."""
     plan: frozenset[str]
     """Kinds of collectives that belong there."""
 
@@ -212,6 +217,35 @@ def training(setting: Setting, mesh: Mesh, kind: str, **posterior) -> Program:
     return Program(run, args, (1,), (places, None), 1, work, GATHERS if mesh.shape["fsdp"] > 1 else SUMS)
 
 
+def searching(setting: Setting, mesh: Mesh) -> Program:
+    """A step of SPOT's search in the family of ancestral graphs, rows its starts, as `discovery.SPOT` takes it."""
+    size, whole, rows = setting.pixels, parallel.replicated(mesh), parallel.rows(mesh)
+    matrix = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=whole)
+    guide = shapes(jax.eval_shape(spot.guide_mag, matrix), whole)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), setting.rows))
+    cfg = spot.Config()
+    begin = jax.vmap(lambda key: spot.init(key, jnp.zeros(matrix.shape), spot.guide_mag(jnp.zeros(matrix.shape)), cfg))
+    acyclic_fn, class_fn, _ = discovery.CLASSES["ancestral"]
+    run = lambda keys, state, covariance, num_rows, guide: discovery._advanced(
+        keys, state, covariance, num_rows, guide, cfg, acyclic_fn, class_fn
+    )
+    num_rows = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    args = (shapes(keys, rows), shapes(jax.eval_shape(begin, keys), rows), matrix, num_rows, guide)
+    return Program(run, args, (), None, 1, None, frozenset({"all-gather"}))
+
+
+def learning(setting: Setting, mesh: Mesh) -> Program:
+    """An update of the posterior over skeletons, rows its data sets, which are simulated in it."""
+    size = setting.pixels
+    net = skeleton_net.EdgeMLP(width=64, depth=3)
+    cfg = skeleton.Config(sizes=(size,), pairs=setting.rows * math.comb(size, 2))
+    update = skeleton.updating(sem.Prior(), net, cfg)
+    state = jax.eval_shape(partial(skeleton.init, net=net, cfg=cfg), jax.random.key(0))
+    places = parallel.plan(state, mesh)
+    run = lambda state, key: update(state, key, size)
+    return Program(run, (shapes(state, places), key_of(mesh)), (0,), (places, None), 1, None, GATHERS)
+
+
 BUILDS: dict[str, Build] = {
     "UNet": forward,
     "sampling": sampler,
@@ -221,4 +255,6 @@ BUILDS: dict[str, Build] = {
     "LoRA": partial(training, kind="lora"),
     "Bayesian": partial(training, kind="bayes"),
     "Bayesian linear": partial(training, kind="bayes", selection="linear", generator="rbg"),
+    "SPOT search": searching,
+    "SPOT posterior": learning,
 }

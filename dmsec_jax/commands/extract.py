@@ -326,22 +326,34 @@ def forget(folder: Path) -> None:
         remove(path)
 
 
+def _stored(folder: Path, name: str, made_from: list, numbers: range) -> finextract.Extraction | None:
+    """What an earlier run kept of the pictures of these numbers, None unless all of them: its batches may have been others."""
+    parts, reached = [], numbers.start
+    of = lambda path: range(*map(int, path.stem.rpartition(".")[2].split("-")))
+    for path in sorted(folder.glob(f"{name}.*-*.npz"), key=lambda path: of(path).start):
+        there = of(path)
+        stored = Store(path, made_from).read() if reached in there and reached in numbers else None
+        if stored is not None:
+            rows = slice(reached - there.start, numbers.stop - there.start)
+            parts.append(finextract.Extraction(**{field: array[rows] for field, array in stored.items()}))
+            reached += len(parts[-1].images)
+    return finextract.Extraction(*map(np.concatenate, zip(*parts, strict=True))) if reached == numbers.stop else None
+
+
 def _drawer(
     progress: Progress, settings: Settings, key, seconds: dict[str, float], folder: Path | None, origin: list
 ) -> DrawFn:
     """A `DrawFn` with a progress bar; its wall time is kept in `seconds`, its batches in `folder`."""
-    decided = [settings.num_steps, settings.sampler, settings.seed, spread.filled(settings.batch_size), *origin]
+    decided = [settings.num_steps, settings.sampler, settings.seed, *origin]
 
-    def kept(label: str, pairs: list, evaluations: int, start: int, compute) -> finextract.Extraction:
+    def kept(label: str, pairs: list, evaluations: int, numbers: range, compute) -> finextract.Extraction:
         if folder is None:
             return compute()
-        place = f"{UNFINISHED}.{label.replace(' ', '-')}.{start}.npz"
-        store = Store(folder / place, [label, pairs, evaluations, *decided])
-        stored = store.read()
-        if stored is not None:
-            return finextract.Extraction(**stored)
-        found = compute()
-        store.write(**found._asdict())
+        name, made_from = f"{UNFINISHED}.{label.replace(' ', '-')}", [label, pairs, evaluations, *decided]
+        found = _stored(folder, name, made_from, numbers)
+        if found is None:
+            found = compute()
+            Store(folder / f"{name}.{numbers.start}-{numbers.stop}.npz", made_from).write(**found._asdict())
         return found
 
     def draw(name: str, subject: Subject, evaluations: int, label: str) -> tuple[audit.Generated, ...]:

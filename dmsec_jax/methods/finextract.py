@@ -110,8 +110,8 @@ class Extraction(NamedTuple):
     """Root mean square of the final latent."""
 
 
-KeptFn = Callable[[int, Callable[[], Extraction]], Extraction]
-"""(number of the batch's first image, what computes it) -> the batch."""
+KeptFn = Callable[[range, Callable[[], Extraction]], Extraction]
+"""(numbers of the batch's images, what computes them) -> the batch."""
 
 
 def guided(eps_base: Latent, eps_tuned: Latent, cfg: Config) -> Latent:
@@ -287,7 +287,7 @@ def sweep(
             finite = np.asarray(finite) & np.isfinite(images).all(axis=tuple(range(1, images.ndim)))
             return Extraction(images[:used], finite[:used], np.asarray(rms)[:used])
 
-        chunks.append(chunk() if kept_fn is None else kept_fn(start, chunk))
+        chunks.append(chunk() if kept_fn is None else kept_fn(range(start, start + used), chunk))
         if progress is not None:
             progress(start + used, total)
     joined = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
