@@ -99,10 +99,18 @@ def specs(tree: Any, size: int) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """NumPy arrays of the whole, on every host: a collective, so all processes call it. Leaf by leaf: a device holds one of them whole."""
-    here = lambda leaf: jax.process_count() == 1 or getattr(leaf, "is_fully_replicated", True)
-    gather = lambda leaf: multihost_utils.process_allgather(leaf, tiled=True)
-    return jax.tree.map(lambda leaf: jax.device_get(leaf) if here(leaf) else gather(leaf), tree)
+    """NumPy arrays of the whole, on every host: a collective, so all processes call it. Leaf by leaf: a device holds one of them whole.
+
+    Typed keys, which NumPy has no type for, stay where they are.
+    """
+
+    def fetched(leaf):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        here = jax.process_count() == 1 or getattr(leaf, "is_fully_replicated", True)
+        return jax.device_get(leaf) if here else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetched, tree)
 
 
 def own_rows(tree: Any, axis_name: str | None) -> Any:
