@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from dmsec_jax.core import trees
 from dmsec_jax.core.checks import require
-from dmsec_jax.core.types import Key, Params
+from dmsec_jax.core.types import AnyArray, Key, Params
 from dmsec_jax.finetune.adapters import Adapter, Scale
 from dmsec_jax.finetune.lora import TARGETS
 
@@ -98,7 +98,7 @@ def rotation(generator: Float[Array, "b n n"], cayley: Cayley = "reference") -> 
     return jnp.linalg.solve(eye + skew, eye - skew)  # the two factors commute
 
 
-def constrained(generator: Float[Array, "b n n"], radius: float | Float[Array, ""]) -> Float[Array, "b n n"]:
+def constrained(generator: Float[AnyArray, "b n n"], radius: float | Float[Array, ""]) -> Float[Array, "b n n"]:
     """The nearest generators whose blocks have a Frobenius norm of at most `radius` (COFT)."""
     size = jnp.sqrt(jnp.square(generator).sum(axis=(1, 2), keepdims=True) + jnp.finfo(generator.dtype).tiny)
     return generator * jnp.minimum(1.0, radius / size)
