@@ -54,7 +54,7 @@ def main(cfg: Config) -> int:
     """Trains and asks what is missing, then writes the table, the comparisons and the page; 1 if a model is missing."""
     console = Console(stderr=True)
     began = time.monotonic()
-    harness.revision()
+    harness.revision()  # kept from here on: the checkout may move while this runs
     part = _part(cfg.part)
     require(cfg.workers == 1 or part == (0, 1), "workers", "1 with --part", cfg.workers, "give each process a part")
     chosen = plan.read(cfg.preset, cfg.set)
@@ -97,7 +97,8 @@ def _write(cfg: Config, chosen: plan.Plan, finished: dict[str, plan.Cell], secon
     """Everything that a table of these models gives."""
     rows = table(cfg.work, finished)
     found = statistics.all_comparisons(rows)
-    at_random = [row for row, cell in zip(rows, finished.values(), strict=True) if cell in plan.drawn(chosen)]
+    drawn = plan.drawn(chosen)
+    at_random = [row for row, cell in zip(rows, finished.values(), strict=True) if cell in drawn]
     learnt = causes.learn(at_random) if at_random else None
     notes = [*statistics.NOTES, *(learnt.notes if learnt else ())]
     if len(finished) < len(plan.cells(chosen)):

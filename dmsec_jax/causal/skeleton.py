@@ -158,7 +158,7 @@ def train(
 
     key_init, key_steps = jax.random.split(key)
     done, state = (0, init(key_init, net, cfg, start)) if resume is None else resume
-    # what the caller gave stays his; where it is to be already, or the second update would compile again
+    # a copy, since updates take its memory; placed as updates leave it, or the second one would compile again
     state = jax.jit(lambda state: spread.cut(jax.tree.map(jnp.copy, state)))(state)
     losses: list[jax.Array] = []
     for i in range(done, cfg.num_steps):
