@@ -15,7 +15,6 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.trained import TUNERS, Training
 from dmsec_jax import audit, authentication, monitoring, pipeline, tuning
-from dmsec_jax.core import spread
 from dmsec_jax.data.images import from_uint8, to_uint8
 from dmsec_jax.finetune.monitor import Measures, noise_levels
 from dmsec_jax.metrics import evidence
@@ -121,7 +120,7 @@ class Courses:
             if arm == "plain":
                 trees["ema"] = tuned.ema
             for method, tree in trees.items():
-                params = tuning.merged(one.base, recipe, spread.gathered(tree))
+                params = tuning.merged(one.base, recipe, tree)
                 found.update(self._ask(f"{method}/{done}", params, attacked=self._attacked(done)))
 
         prompts = [one.prompt] * len(one.pictures)

@@ -17,7 +17,7 @@ VERBS = {
     "pretrain": "train the embedded model, or the skeleton posterior, from nothing",
 }
 """Verb -> one line of help; `dmsec_jax.commands.<verb>` holds `Config` and `run`."""
-SHARED = ("authenticate", "discover", "extract", "finetune", "protect")
+SHARED = ("authenticate", "discover", "extract", "finetune", "pretrain", "protect")
 """Verbs that many devices and processes can share; they take the options of `launch.Devices` too."""
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmsec_jax.core import spread
 from dmsec_jax.core.types import Context, EpsFn, Image, Latent, Params
 from dmsec_jax.data.tokens import Tokenizer
 from dmsec_jax.diffusion.schedule import ScheduleConfig
@@ -49,31 +50,36 @@ def functions(
     text_cfg: clip.TextConfig,
     text_2_cfg: clip.TextConfig | None = None,
 ) -> Functions:
-    """The functions of an architecture; equal configs give the same objects, so compiled programs are shared."""
+    """The functions of an architecture; equal configs give the same objects, so compiled programs are shared.
+
+    Weights that are cut over devices are gathered here, where they are used, and activations stay spread by rows.
+    """
     scale = vae_cfg.scaling_factor
 
     def encode_fn(params, image):
-        mean, logvar = vae.encode(vae_cfg, params, image)
+        mean, logvar = vae.encode(vae_cfg, spread.whole(params), image)
         return mean * scale, logvar + 2 * np.log(scale).astype(np.float32)
 
     def decode_fn(params, latent):
-        return jnp.clip(vae.decode(vae_cfg, params, latent / scale), -1, 1)
+        return jnp.clip(vae.decode(vae_cfg, spread.whole(params), latent / scale), -1, 1)
 
     def text_fn(params, ids):
-        return clip.apply(text_cfg, params, ids).last_hidden
+        return clip.apply(text_cfg, spread.whole(params), ids).last_hidden
 
     def two_texts_fn(params, prompt):
         # Podell et al. 2023, section 2.1: the last but one states of both, and the second's pooled one
+        params = spread.whole(params)
         first = clip.apply(text_cfg, params[0], prompt.ids)
         second = clip.apply_projected(text_2_cfg, params[1], prompt.ids_2)
         spoken = 1.0 - jnp.asarray(prompt.silent, jnp.float32)[:, None]
         tokens = jnp.concatenate([first.penultimate, second.penultimate], -1) * spoken[..., None]
         return conditioning.pack(tokens, second.pooled * spoken, jnp.asarray(prompt.sizes, jnp.float32))
 
-    predict_fn = functools.partial(unet.apply, unet_cfg)
+    def predict_fn(params, z_t, t, context):
+        return unet.apply(unet_cfg, spread.whole(params), z_t, t, context)
 
     def noisy_fn(params, sigma, key, z_t, t, context):
-        return noisy.with_noise(lambda: predict_fn(params, z_t, t, context), sigma, key)
+        return noisy.with_noise(lambda: predict_fn(params, z_t, t, context), spread.whole(sigma), key)
 
     text = text_fn if text_2_cfg is None else two_texts_fn
     return Functions(predict_fn, encode_fn, decode_fn, text, noisy_fn)

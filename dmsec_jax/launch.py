@@ -3,8 +3,10 @@
 `python -m dmsec_jax.launch` with the same options lets all devices add up, to see that they work.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -32,7 +34,7 @@ class Devices:
     process_id: int | None = None
     """Which of them this is, from 0."""
     auto: bool = False
-    """Join the processes that the cluster started: Slurm, Open MPI, Cloud TPU or GKE."""
+    """Join the processes that the cluster started: Slurm, Open MPI (up to 4), Cloud TPU or GKE."""
 
 
 def parse(config: type, args: Sequence[str], prog: str, description: str | None) -> tuple[Any, Devices]:
@@ -49,6 +51,9 @@ def parse(config: type, args: Sequence[str], prog: str, description: str | None)
 def on(devices: Devices) -> Iterator[None]:
     """Joins the other processes and puts the mesh in force. Every process computes and reads; process 0 writes (`core.files`).
 
+    A process that fails ends at once, and so do the others, who find its connection closed: leaving properly would wait for them,
+    while they wait for it.
+
     Raises:
         ValueError: as `parallel.initialize` and `parallel.make_mesh`.
     """
@@ -59,10 +64,21 @@ def on(devices: Devices) -> Iterator[None]:
         return
     axes = "" if devices.mesh in (None, "data") else devices.mesh
     require(devices.mesh != "", "mesh", "like data=8,fsdp=4", "''", "leave the option out for one device")
-    with jax.set_mesh(parallel.make_mesh(axes)):
-        yield
+    try:
+        with jax.set_mesh(parallel.make_mesh(axes)):
+            yield
+    except BaseException:
+        if together:
+            atexit.register(_end)  # runs before JAX's own, which leaves properly
+        raise
     if together:
         jax.distributed.shutdown()
+
+
+def _end() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)
 
 
 def count(devices: Devices) -> int:

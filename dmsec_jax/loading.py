@@ -42,6 +42,10 @@ class Reading:
     """Of a single file that holds both: the UNet itself, or the running average of its training; with two models, of each that holds one."""
     allow_partial: bool = False
     """Read a model that does not fit, too: what is unused or mis-shaped is left out, what then lacks is taken from the base model. Recorded."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the UNet and the text encoders compute in; bfloat16 suits TPUs and GPUs. Weights, sums and the autoencoder stay in float32."""
+    remat: Literal["none", "block"] = "none"
+    """In gradients, activations of the UNet's and the autoencoder's blocks are kept, or computed again: slower, in far less memory."""
 
 
 def load(
@@ -54,6 +58,8 @@ def load(
     allow_partial: bool = False,
     pictures: Callable[[int], np.ndarray] | None = None,
     dtype: str = "float32",
+    compute_dtype: str | None = None,
+    remat: str = "none",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Pipeline:
     """Reads Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a single file of latent diffusion, or a model of the hub.
@@ -62,16 +68,19 @@ def load(
 
     Args:
         folder: the folder, the file, or "owner/name[@revision]" (see `checkpoints.hub`).
-        variant, tokenizer, prediction_type, weights, allow_partial: see `Reading`.
+        variant, tokenizer, prediction_type, weights, allow_partial, remat: see `Reading`.
         pictures: side -> [N, side, side, 3] in [-1, 1], asked for where nothing says what the model predicts: `diffusion.prediction` decides by them.
-        dtype: of the parameters, and what the UNet and the text encoders compute in; the autoencoder stays in float32.
-        mesh: where parameters lie, by `parallel.plan`; None: as `parallel.placed`.
+        dtype, compute_dtype: of the parameters, and what the UNet and the text encoders compute in (None: the same); the autoencoder stays in
+            float32.
+        mesh: where parameters lie, by `parallel.plan`; None: that in force, or the default device.
 
     Raises:
         FileNotFoundError, ValueError: as `checkpoints.diffusers.read_model` and `checkpoints.single_file.model_of`; on a tokenizer that does
             not fit the text encoder, another dtype, or a model that predicts neither noise nor velocity.
     """
-    require(dtype in ("float32", "bfloat16"), "dtype", "float32 or bfloat16", repr(dtype), "choose one of them")
+    compute_dtype = compute_dtype or dtype
+    for name, kind in (("dtype", dtype), ("compute_dtype", compute_dtype)):
+        require(kind in ("float32", "bfloat16"), name, "float32 or bfloat16", repr(kind), "choose one of them")
     path = hub.fetch(folder, variant) if hub.is_id(folder) else Path(folder)
     partial = Partial() if allow_partial else None
     placer = functools.partial(_placer, dtype=dtype, mesh=mesh)
@@ -90,7 +99,7 @@ def load(
         model = diffusers.read_model(path, variant, placer, partial)
     left_out = () if partial is None else tuple(f"{kind}: {what}" for kind, what in partial.problems)
     loaded = dataclasses.replace(
-        _assembled(model, path, dtype),
+        _assembled(model, path, compute_dtype, remat),
         left_out=left_out,
         reading=_chosen(variant=variant, weights=weights, allow_partial=allow_partial),
         files={"tokenizer": sha256(model.tokenizer)} if path.is_file() else {},
@@ -114,23 +123,24 @@ def peek(folder: str | Path, reading: Reading) -> tuple[presets.Preset, Path]:
     return single_file.preset_of(state, str(path), known), diffusers.tokenizer_folder(reading.tokenizer)
 
 
-def _placer(part: str, dtype: str, mesh: jax.sharding.Mesh | None) -> Callable[[str, np.ndarray], jax.Array]:
+def _placer(part: str, dtype: str | np.dtype, mesh: jax.sharding.Mesh | None) -> Callable[[str, np.ndarray], jax.Array]:
     """See `checkpoints.mapping.Place`."""
     kind = jnp.dtype(jnp.float32 if part == "vae" else dtype)
 
     def place(path: str, view: np.ndarray) -> jax.Array:
         leaf = np.array(view, kind, order="C")  # a copy: the file may change
-        placed = parallel.placed(leaf) if mesh is None else jax.device_put(leaf, parallel.plan(leaf, mesh))
+        placed = parallel.cut(leaf) if mesh is None else jax.device_put(leaf, parallel.plan(leaf, mesh))
         return jax.block_until_ready(placed)
 
     return place
 
 
-def _assembled(model: diffusers.Model, path: Path, dtype: str) -> Pipeline:
+def _assembled(model: diffusers.Model, path: Path, compute_dtype: str, remat: str) -> Pipeline:
     """The model with its functions, schedule and tokenizers."""
     networks = {name: getattr(model.configs, name) for name in ("unet", "text", "text_2")}
-    networks = {name: cfg and dataclasses.replace(cfg, dtype=dtype) for name, cfg in networks.items()}
-    configs = dataclasses.replace(model.configs, **networks)
+    networks = {name: cfg and dataclasses.replace(cfg, dtype=compute_dtype) for name, cfg in networks.items()}
+    networks["unet"] = dataclasses.replace(networks["unet"], remat=remat)
+    configs = dataclasses.replace(model.configs, **networks, vae=dataclasses.replace(model.configs.vae, remat=remat))
     words, words_2 = _words(model.tokenizer, configs.text), None
     if configs.text_2 is not None:
         words_2 = _words(model.tokenizer_2 or model.tokenizer, configs.text_2)
@@ -221,10 +231,11 @@ def load_tuned(
     path = hub.fetch(path, variant) if hub.is_id(path) else Path(path)
     partial = Partial(base=base.params) if allow_partial else None
     reading, files = _chosen(variant=variant, weights=weights, allow_partial=allow_partial), {}
-    placer = functools.partial(_placer, dtype=base.configs.unet.dtype, mesh=None)
+    kind = jax.tree.leaves(base.params["unet"])[0].dtype
+    placer = functools.partial(_placer, dtype=kind, mesh=None)
     if (path / diffusers.INDEX).is_file():
         model = diffusers.read_model(path, variant, placer, partial)
-        tuned = _assembled(model, path, base.configs.unet.dtype)
+        tuned = _assembled(model, path, base.configs.unet.dtype, base.configs.unet.remat)
         require_same_architecture(base, tuned)
     else:
         file = adapters.find_file(path)
@@ -233,7 +244,7 @@ def load_tuned(
             params = single_file.params_of(state, base.configs, str(file), weights, placer, partial)
         else:
             found = adapters.read_adapter(file, base.params, partial)
-            params = parallel.placed(adapters.merge(base.params, found, strength))
+            params = parallel.cut(adapters.merge(base.params, found, strength))
             reading |= _chosen(strength=strength)
             if scales := config_beside(file):
                 files = {scales.name: sha256(scales)}
@@ -282,7 +293,7 @@ def with_words(pipeline: Pipeline, paths: Sequence[str | Path]) -> Pipeline:
         rows = np.concatenate([word.vectors[part] for word in learnt])
         path = ("" if part == "text_encoder" else "text_model/") + "embeddings/token_embedding/embedding"
         longer = jnp.concatenate([table, jnp.asarray(rows, table.dtype)])
-        params[part] = trees.unflatten(trees.flatten(params[part]) | {path: longer})
+        params[part] = trees.unflatten(trees.flatten(params[part]) | {path: parallel.cut(longer)})
         fields[field] = dataclasses.replace(getattr(pipeline.configs, field), vocab_size=start)
     configs = dataclasses.replace(pipeline.configs, **fields)
     second = pipeline.tokenizer_2
@@ -323,7 +334,7 @@ def save(
     require(not learnt, "pipeline", "without words of textual inversion", learnt, "save the model that has none")
     model = diffusers.Model(
         configs=pipeline.configs,
-        params=jax.device_get(pipeline.params),
+        params=parallel.to_host(pipeline.params),
         tokenizer=pipeline.tokenizer_folder,
         tokenizer_2=pipeline.tokenizer_2_folder,
     )

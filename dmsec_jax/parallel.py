@@ -127,6 +127,12 @@ def placed(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree) if mesh.empty else replicate(tree, mesh)
 
 
+def cut(tree: Any) -> Any:
+    """Weights where `plan` has them on the mesh in force, or on the default device."""
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(jnp.asarray, tree) if mesh.empty else jax.device_put(tree, plan(tree, mesh))
+
+
 def own_rows(count: int, mesh: Mesh) -> slice:
     """Which of `count` rows the devices of this process hold: read only these from disk, then `from_own_rows`.
 

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmsec_jax import pipeline
+from dmsec_jax import parallel, pipeline
 from dmsec_jax.checkpoints.state import Checkpoints
 from dmsec_jax.core import config as configs
-from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import Key, Params
@@ -225,20 +224,20 @@ def tune(
 
 def mean(chosen: Recipe, state: Any) -> Params:
     """The trainable tree to sample with and to export: averaged where an average is kept, without the posterior's noise."""
-    return spread.gathered(dreambooth.averaged(method_of(chosen).tuned(state)))
+    return dreambooth.averaged(method_of(chosen).tuned(state))
 
 
 def deviations(chosen: Recipe, state: Any) -> Params | None:
     """sigma of the posterior's leaves; None without a posterior, and with dropout, which has none."""
     none = chosen.bayes is None or chosen.bayes.noise == "dropout"
-    return None if none else spread.gathered(bayes_dm.deviations(state.raw, chosen.bayes))
+    return None if none else bayes_dm.deviations(state.raw, chosen.bayes)
 
 
 def merged(
     base: Pipeline, chosen: Recipe, trainable: Params, text_encoder: bool = False, scale=None
 ) -> dict[str, Params]:
     """Parameters of the whole model with the trainable tree merged in; `scale` as in `Adapter.merge`."""
-    part = adapter_of(chosen).merge(_trained_part(base, text_encoder), trainable, scale)
+    part = parallel.cut(adapter_of(chosen).merge(_trained_part(base, text_encoder), trainable, scale))
     return {**base.params, **(part if text_encoder else {"unet": part})}
 
 

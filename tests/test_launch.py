@@ -16,15 +16,18 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from processes import in_two
 from safetensors.numpy import load_file
 
-from dmsec_jax import cli, launch, parallel
+from dmsec_jax import cli, launch, parallel, pipeline
 from dmsec_jax.core import files, spread
 
 SAMPLING = ["--settings.evaluations", "8", "--settings.num-steps", "2", "--settings.batch-size", "3"]
 SAMPLING += ["--settings.methods", "finextract", "plain"]
 RECOVERING = ["--settings.num-draws", "2", "--settings.num-steps", "50", "--settings.tile", "2"]
 RECOVERING += ["--settings.cgi-draws", "1", "--settings.batch-size", "3", "--methods", "cgi-dm", "loss"]
+PRETRAIN = ["--set", "train.num_steps=4", "chunk_steps=2", "held_out=8", "check_sizes=[5]", "train.sizes=[5]"]
+PRETRAIN += ["train.rows=[50,100]", "net.width=8", "net.depth=1", "train.pairs=80"]  # eight data sets an update
 TUNING = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2", "tune.adam_epsilon=1e-3"]
 TUNERS = {"finetune": ["patterns=[conv_out]"], "finetune lora": ["lora.rank=2"], "finetune norm": ["--bayes", "norm"]}
 """Cases of the verb: full weights, LoRA, and a posterior over the normalisation layers -> how their options end."""
@@ -55,6 +58,7 @@ def line(tiny_folder, pictures, table, tmp_path_factory):
             "authenticate": [*known, *models, *RECOVERING],
             "protect": [*known, *model, "--steps", "2", "--purifiers", "jpeg"],
             "discover": [str(table), "--restarts", "4", "--set", "num_steps=3"],
+            "pretrain": ["--what", "skeleton", "--work", f"{out or tuned}-work", *PRETRAIN],
         }
         return [verb.partition(" ")[0], *options[verb], "--out", str(out or tuned.parent / verb)]
 
@@ -115,7 +119,7 @@ def test_eight_devices_give_what_one_gives(verb, line, alone, tmp_path):
 
 
 @pytest.mark.slow  # processes that compile
-@pytest.mark.parametrize("verb", ["finetune", "extract", "discover"])
+@pytest.mark.parametrize("verb", ["finetune", "extract", "discover", "pretrain"])
 def test_two_processes_give_what_one_gives(verb, line, alone, tmp_path):
     expected = alone(verb)
     with socket.socket() as probe:
@@ -129,6 +133,27 @@ def test_two_processes_give_what_one_gives(verb, line, alone, tmp_path):
     outputs = [child.communicate(timeout=900)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
     assert_same(tmp_path / verb, expected)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_process_fails_none_waits(failing):
+    ended = in_two(FAILING.format(failing))
+    assert [process.returncode != 0 for process in ended] == [True, True], ended
+    assert "ValueError: no space left" in ended[failing].stderr
+
+
+FAILING = """
+import sys
+from dmsec_jax import launch
+from dmsec_jax.core import spread
+
+i = int(sys.argv[2])
+with launch.on(launch.Devices(coordinator=sys.argv[1], num_processes=2, process_id=i)):
+    spread.meet()
+    if i == {}:
+        raise ValueError("no space left")
+    spread.meet()
+"""
 
 
 CHILD = """
@@ -183,12 +208,13 @@ def test_the_recipes_use_options_that_exist():
         (Path(__file__).parents[1] / "README.md").read_text().partition("## More devices")[2].partition("\n## ")[0]
     )
     options = lambda config: {field.name.replace("_", "-") for field in dataclasses.fields(config)}
+    shared = options(launch.Devices) | options(pipeline.Reading)
     used = lambda text: set(re.findall(r" --([a-z-]+)", text))
     lines = re.findall(rf"dmsec ({'|'.join(cli.SHARED)}) (.*)", recipes)
     assert {verb for verb, _ in lines} >= {"finetune", "extract"}
     for verb, rest in lines:
         command = importlib.import_module(f"dmsec_jax.commands.{verb}")
-        assert used(rest) <= options(command.Config) | options(launch.Devices), rest
+        assert used(rest) <= options(command.Config) | shared, rest
         if verb == "finetune":
             devices = math.prod(int(size) for size in re.findall(r"(?:data|fsdp)=(\d+)", rest))
             assert int(re.search(r"tune\.batch_size=(\d+)", rest)[1]) % devices == 0, "rows that devices can share"

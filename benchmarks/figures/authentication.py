@@ -64,7 +64,7 @@ def findings(studies: list[Study]) -> str:
         *lines,
         f"- After {length} steps CGI-DM is at {min(end):.2f} to {max(end):.2f}.",
         f"- Common noise in CGI-DM over noise for each model: {min(values):+.2f} to {max(values):+.2f} in AUC at equal cost; "
-        f"{told} of {len(moved)} intervals leave zero out.",
+        f"{told} of {len(moved)} intervals exclude zero.",
     ]
     rows = {row["metric"]: row for row in common.newest(FOLDER.name)}
     if "false_positive_rate" in rows:

@@ -127,7 +127,7 @@ def table(lines: list[list[str]]) -> str:
 
 
 def number(row: dict | None, *, brief: bool = False, signed: bool = False) -> str:
-    """Value and interval; bold where the interval of a difference leaves zero out."""
+    """Value and interval; bold where the interval of a difference excludes zero."""
     if row is None or row["value"] is None:
         return "-"
     if brief:

@@ -61,7 +61,7 @@ def findings(studies: list[Study]) -> str:
         [
             f"- FineXtract leads classifier-free guidance in {len(told['agglomerative'])} of {every} cases ({where}) and is behind in {len(behind)}.",
             f"- Extrapolating the weights comes within {most:.2f} of it everywhere.",
-            f"- After the paper's cliques its lead over guidance is told from zero in {len(told['cliques'])} of {every} cases.",
+            f"- After the paper's cliques its lead over guidance is distinguishable from zero in {len(told['cliques'])} of {every} cases.",
         ]
     )
 

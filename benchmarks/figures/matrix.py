@@ -66,7 +66,7 @@ def _mean(rows: Sequence[dict]) -> str:
 
 
 def comparisons(rows: list[dict]) -> str:
-    """Markdown: those that are told from zero after Holm's correction, the surest first."""
+    """Markdown: those that are distinguishable from zero after Holm's correction, the surest first."""
     family = [row for row in rows if row["metric"].endswith(" difference") and "holm" in row["case"]]
     told = sorted((row for row in family if row["case"]["holm"] < 0.05), key=lambda row: row["case"]["holm"])
     lines = [["outcome", "choice", "difference", "of sets like these", "effect size", "p after Holm"]]
@@ -77,7 +77,7 @@ def comparisons(rows: list[dict]) -> str:
         several = case["sets_low"] is not None
         like = f"[{case['sets_low']:+.2f}, {case['sets_high']:+.2f}]" if several else "-"
         lines.append([*names, number(row, signed=True), like, effect, f"{case['holm']:.1g}"])
-    return f"Told from zero: {len(told)} of {len(family)} comparisons.\n\n{common.table(lines)}"
+    return f"Distinguishable from zero: {len(told)} of {len(family)} comparisons.\n\n{common.table(lines)}"
 
 
 def causes(rows: list[dict]) -> str:
@@ -98,5 +98,5 @@ def causes(rows: list[dict]) -> str:
         for name in dict.fromkeys(name for name, _ in shares)
     )
     count = next(iter(effects.values()))["n"]
-    text = f"Rank correlation of knobs, drawn at random for {count} models, and outcomes; bold where told from zero after Holm's correction."
+    text = f"Rank correlation of knobs, drawn at random for {count} models, and outcomes; bold where distinguishable from zero after Holm's correction."
     return f"{text} `dmsec discover` on the same table ({shown}):\n\n{common.table(lines)}"

@@ -16,7 +16,7 @@ HEAD = [
     "peak of limit (GiB)",
     "TFLOP per device, of analytic",
     "GB moved",
-    "collectives (beside the plan)",
+    "collectives (unplanned)",
     "bound by",
     "*projected* rows/s",
     "*projected* MFU",

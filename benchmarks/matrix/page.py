@@ -193,7 +193,7 @@ def drill(work: Path, finished: Mapping[str, Cell]) -> list[tuple[str, list[tupl
 
 def comparisons(found: Sequence[Comparison]) -> Section:
     """The family, what may be said of it first."""
-    head = ["outcome", "choice", "difference [95 %]", "effect size", "p after Holm", "sets", "told from zero"]
+    head = ["outcome", "choice", "difference [95 %]", "effect size", "p after Holm", "sets", "distinguishable from zero"]
     lines = [head]
     for one in sorted(found, key=lambda one: one.holm):
         size = "" if one.effect is None else f"{one.effect:+.2f}"

@@ -66,6 +66,8 @@ def together(tasks: Mapping[str, T], folder: Path, make_job: MakeJob, workers: i
         tell: as of `work`, a function of a module.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    # for the children: threads of LAPACK that share a core wait for each other in loops, which made some trainings of OFT thirty times as long
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")  # a forked copy of a process that has used JAX hangs
     children = []
     for i in range(workers):

@@ -110,6 +110,7 @@ def not_bow_free(directed: Edges, bidirected: Edges) -> Bool[Array, "V V"]:
     return (bidirected != 0) & ((directed != 0) | (directed.T != 0))
 
 
+@jax.jit
 def not_arid(directed: Edges, bidirected: Edges) -> Bool[Array, "V V"]:
     """i <-> j inside an arborescence of two vertices or more."""
     closures = graphs.reachable_closures(directed, bidirected)

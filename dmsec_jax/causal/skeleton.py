@@ -11,6 +11,7 @@ log(absent / adjacent) to every logit), the probabilities are calibrated on the 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +51,7 @@ class Config:
 State = infer.svi.SVIState
 """Parameters, moments and key of a training, between two updates."""
 OnChunk = Callable[[int, State, np.ndarray], None]
-"""(updates done, state, loss of each update since the last call)."""
+"""(updates done, state, loss of each update since the last call); the next update takes the state's memory."""
 
 
 class Trained(NamedTuple):
@@ -148,13 +149,20 @@ def train(
         resume: what `on_chunk` got last, to go on as if nothing had happened; losses are those from there on.
         on_chunk: called after every `chunk` updates, and at the end.
     """
-    update = jax.jit(updating(prior, net, cfg, knowledge=knowledge, given=given), static_argnames="size")
+    update = updating(prior, net, cfg, knowledge=knowledge, given=given)
+
+    @partial(jax.jit, static_argnames="size", donate_argnames="state")
+    def advance(state, key, size):
+        state, loss = update(state, key, size)
+        return spread.cut(state), spread.whole(loss)
+
     key_init, key_steps = jax.random.split(key)
     done, state = (0, init(key_init, net, cfg, start)) if resume is None else resume
+    state = jax.tree.map(jnp.copy, state)  # what the caller gave stays his
     losses: list[float] = []
     for i in range(done, cfg.num_steps):
         size = cfg.sizes[i % len(cfg.sizes)]
-        state, loss = update(state, jax.random.fold_in(key_steps, i), size=size)
+        state, loss = advance(state, jax.random.fold_in(key_steps, i), size=size)
         losses.append(loss)
         if on_chunk is not None and ((i + 1) % chunk == 0 or i + 1 == cfg.num_steps):
             since = i % chunk + 1

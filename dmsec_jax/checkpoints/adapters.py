@@ -28,6 +28,7 @@ from dmsec_jax.checkpoints.changes import Change, Shape
 from dmsec_jax.checkpoints.io import PICKLES, read_metadata, read_tensors
 from dmsec_jax.checkpoints.mapping import Partial, Problem
 from dmsec_jax.checkpoints.torch_archive import read as read_archive
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
@@ -119,7 +120,7 @@ def merge(params: Mapping[str, Params], adapter: Adapter, strength: float = 1.0)
     for part, own in adapter.changes.items():
         flat = flatten(params[part])
         for path, change in own.items():
-            kernel = np.asarray(flat[path], np.float32)
+            kernel = np.asarray(spread.to_host(flat[path]), np.float32)
             moved = changes.changed(torch_layout(kernel).reshape(torch_shape(kernel.shape)), change, strength)
             flat[path] = _ours(moved, kernel.ndim)
         merged[part] = unflatten(flat)

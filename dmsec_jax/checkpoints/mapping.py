@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmsec_jax.checkpoints.io import INTACT, forget
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import fail, require
 from dmsec_jax.core.trees import flatten, unflatten
 from dmsec_jax.core.types import Params
@@ -112,7 +113,7 @@ def settle(
     if partial is None or not problems:
         return dict(views), problems
     partial.problems += [(kind, f"{part}: {what}") for kind, what in problems]
-    found = {path: np.asarray(leaf) for path, leaf in flatten(partial.base.get(part, {})).items()} | dict(views)
+    found = flatten(spread.to_host(partial.base.get(part, {}))) | dict(views)
     absent = [("missing, and in no base model", path) for path in flatten(target).keys() - found.keys()]
     return {path: found[path] for path in flatten(target).keys() & found.keys()}, absent
 

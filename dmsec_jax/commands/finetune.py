@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from dmsec_jax import monitoring, pipeline, tuning
+from dmsec_jax import monitoring, parallel, pipeline, tuning
 from dmsec_jax.checkpoints import diffusers, single_file
 from dmsec_jax.checkpoints.adapter_export import OFT_FILES, write_lora, write_oft
 from dmsec_jax.checkpoints.io import write_tensors
@@ -293,8 +293,9 @@ def _write(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe, tuned: t
     """The model, the trained factors and the posterior's deviations where there are any, and the account of the run."""
     pipeline.save(cfg.out / "model", dataclasses.replace(base, params=tuned.params))
     if cfg.single_file:
-        single_file.write_model(cfg.out / "model.safetensors", base.configs, jax.device_get(tuned.params))
-    parts = tuned.trainable if cfg.text_encoder else {"unet": tuned.trainable}
+        single_file.write_model(cfg.out / "model.safetensors", base.configs, parallel.to_host(tuned.params))
+    trainable, sigma = parallel.to_host((tuned.trainable, tuned.sigma))
+    parts = trainable if cfg.text_encoder else {"unet": trainable}
     if chosen.oft is not None:
         for part, tree in parts.items():
             if chosen.oft.radius is not None:
@@ -304,8 +305,8 @@ def _write(cfg: Config, base: Pipeline, inputs: Inputs, chosen: Recipe, tuned: t
         ratio = 1.0 if chosen.lora.alpha is None else chosen.lora.alpha / chosen.lora.rank
         for layout, name in LORA_FILES.items():
             write_lora(cfg.out / name, parts, ratio, layout)
-    if tuned.sigma is not None:
-        _write_tree(cfg.out / "posterior.safetensors", tuned.sigma, {"holds": "sigma of the trainable tree's leaves"})
+    if sigma is not None:
+        _write_tree(cfg.out / "posterior.safetensors", sigma, {"holds": "sigma of the trainable tree's leaves"})
     earlier = result.earlier(cfg.out)
     if earlier is not None and earlier.method in TUNERS:
         with contextlib.suppress(KeyError, TypeError):  # not as we write it, so nothing of ours lies beside it

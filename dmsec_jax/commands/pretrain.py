@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dmsec_jax import parallel
 from dmsec_jax.checkpoints import diffusers, io
 from dmsec_jax.checkpoints import skeleton as stored
 from dmsec_jax.checkpoints.state import Checkpoints, differing
-from dmsec_jax.core import config, trees
+from dmsec_jax.core import config, spread, trees
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.files import sha256
 from dmsec_jax.data.tokens import Tokenizer
@@ -95,15 +95,19 @@ def _model(cfg: Config, console: Console) -> int:
     require(
         used, "photos, cutouts", "left out with a model to start from", "given", "its autoencoder is trained already"
     )
+    if jax.process_index() == 0:
+        corpus.install(cfg.work / "npm")
+    spread.meet()  # process 0 writes what all read, here and below
     icons = corpus.read_icons(corpus.install(cfg.work / "npm"))
     words = stages.tokenizer(icons, recipe) if cfg.start is None else Tokenizer.load(cfg.start / "tokenizer")
     words.save(cfg.work / "tokenizer")
+    spread.meet()
     report = _Report(console, cfg.work / "log.csv")
     if cfg.start is None:
         earlier, vae_params = None, _autoencoder(cfg, recipe, icons, photos, cutouts, report)
     else:
-        earlier = jax.tree.map(jnp.asarray, dict(diffusers.read_model(cfg.start).params))
-        vae_params = earlier.pop("vae")
+        earlier = dict(diffusers.read_model(cfg.start).params)
+        vae_params = parallel.cut(earlier.pop("vae"))
     origin = {
         "seed": recipe.seed,
         "denoiser": config.to_dict(recipe.denoiser),
@@ -114,10 +118,10 @@ def _model(cfg: Config, console: Console) -> int:
         params = _newest(cfg, recipe, words, origin)
     else:
         params = stages.train_denoiser(recipe, icons, words, vae_params, cfg.work, report, origin, earlier)
-    model = diffusers.Model(
-        configs=stages.preset(words), params={**params, "vae": vae_params}, tokenizer=cfg.work / "tokenizer"
-    )
+    params = spread.to_host({**params, "vae": vae_params})
+    model = diffusers.Model(configs=stages.preset(words), params=params, tokenizer=cfg.work / "tokenizer")
     diffusers.write_model(cfg.out, model, "float16", metadata={"producer": "dmsec pretrain"})
+    spread.meet()
     given = card.Origin(
         command=page.command_line(sys.argv[1:]),
         photos=len(photos),
@@ -154,8 +158,8 @@ def _autoencoder(cfg: Config, recipe: stages.Recipe, icons, photos: list[Path], 
         require(not cfg.snapshot, str(finished), "there for a snapshot", "no finished autoencoder", "train first")
         pictures = corpus.autoencoder_corpus(icons, photos, cutouts, 64, recipe.seed)
         params = stages.train_autoencoder(recipe, icons, pictures, cfg.work, report, origin)
-        tensors = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-        io.write_tensors(finished, tensors, metadata={"origin": json.dumps(origin)})
+        io.write_tensors(finished, trees.flatten(spread.to_host(params)), metadata={"origin": json.dumps(origin)})
+        spread.meet()
     return trees.unflatten(io.read_tensors(finished))
 
 
@@ -192,6 +196,7 @@ class _Report:
         self.console.print(f"{stage} {done}/{total} {text} ({now - self.last:.1f} s)", highlight=False)
         if not all(map(np.isfinite, figures.values())):
             raise ValueError(f"{stage} must stay finite, got {text} at step {done}; lower its learning_rate and go on")
-        with self.log.open("a") as file:
-            file.write(f"{stage},{done},{now - self.last:.3f},{next(iter(figures.values())):.6f}\n")
+        if jax.process_index() == 0:
+            with self.log.open("a") as file:
+                file.write(f"{stage},{done},{now - self.last:.3f},{next(iter(figures.values())):.6f}\n")
         self.last = now

@@ -98,19 +98,11 @@ def specs(tree: Any, size: int) -> Any:
     return jax.tree.map(spec, tree)
 
 
-_whole = jax.jit(whole)
-
-
-def gathered(tree: Any) -> Any:
-    """`whole` outside of compiled programs."""
-    return tree if _mesh() is None else _whole(tree)
-
-
 def to_host(tree: Any) -> Any:
     """NumPy arrays of the whole, on every host: a collective, so all processes call it. Leaf by leaf: a device holds one of them whole."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+    here = lambda leaf: jax.process_count() == 1 or getattr(leaf, "is_fully_replicated", True)
+    gather = lambda leaf: multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.tree.map(lambda leaf: jax.device_get(leaf) if here(leaf) else gather(leaf), tree)
 
 
 def own_rows(tree: Any, axis_name: str | None) -> Any:

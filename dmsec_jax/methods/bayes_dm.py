@@ -11,7 +11,7 @@ Algorithm, per step (paper, Eqs. 3 and 4, Algorithm 1)
     Inference takes mu, which costs nothing (`mean`); `sample` draws other models.
 
 Symbols
-    mu -> `State.tuned.trainable`    sigma -> `deviations(State.raw)`    mu_0 -> `State.prior`    lambda -> `kl_weight`    W -> any adapter's tree
+    mu -> `State.tuned.trainable`    sigma -> `deviations(State.raw)`    mu_0 -> `centre`    lambda -> `kl_weight`    W -> any adapter's tree
 
 Deviations: public code, and what is here by default (the public behaviour by name, and the test that pins it)
     - Computes KL(P || Q), its paper's Algorithm 1; its Eq. 3 says KL(Q || P): the latter, and the other by name
@@ -106,7 +106,7 @@ class State(NamedTuple):
     """sigma of the selected leaves, as it is parameterised."""
     raw_opt: optax.OptState
     prior: Params
-    """mu_0 of the selected leaves."""
+    """mu_0 of the selected leaves that are no weights of the base model; that of the others is the base weight itself, which is not kept twice."""
 
 
 class Info(NamedTuple):
@@ -135,7 +135,8 @@ def init(key: Key, params: Params, cfg: Config, *, adapter: Adapter) -> State:
     sigma0 = jnp.asarray(cfg.sigma0, jnp.float32)
     start = sigma0 if cfg.parameterisation == "direct" else sigma0 + jnp.log(-jnp.expm1(-sigma0))
     raw = jax.tree.map(lambda leaf: jnp.full_like(leaf, start), chosen)
-    return State(tuned, raw, _adam(cfg).init(raw), jax.tree.map(jnp.copy, chosen))
+    own = {path: leaf for path, leaf in trees.flatten(chosen).items() if path not in trees.flatten(params)}
+    return State(tuned, raw, _adam(cfg).init(raw), jax.tree.map(jnp.copy, trees.unflatten(own)))
 
 
 def check(cfg: Posterior) -> None:
@@ -169,6 +170,15 @@ def selected(trainable: Params, cfg: Posterior) -> Params:
     return trees.unflatten({path: flat[path] for path in trees.match(flat, patterns)})
 
 
+def centre(state: State, params: Params) -> Params:
+    """mu_0 of the selected leaves: the base weights, or where an adapter started."""
+    flat, own = trees.flatten(params), trees.flatten(state.prior)
+    chosen = trees.flatten(state.raw)
+    return trees.unflatten(
+        {path: own[path] if path in own else jnp.asarray(flat[path], jnp.float32) for path in chosen}
+    )
+
+
 def deviations(raw: Params, cfg: Posterior) -> Params:
     """sigma."""
     if cfg.parameterisation == "softplus":
@@ -176,15 +186,21 @@ def deviations(raw: Params, cfg: Posterior) -> Params:
     return raw
 
 
-def perturbed(key: Key, trainable: Params, sigma: Params) -> Params:
+@jax.jit
+def perturbed(key: Key, trainable: Params, sigma: Params, any_noise: bool | Bool[Array, ""] = True) -> Params:
     """mu + sigma * noise on the leaves that `sigma` holds; a leaf's noise depends on the key and on its path alone.
 
-    Nothing is stored: inside jit the noise is made where it is used. The key may be of any generator.
+    Args:
+        key: of any generator.
+        any_noise: False where sigma is zero everywhere, so that nothing has to be drawn.
     """
     flat = trees.flatten(trainable)
     for path, scale in trees.flatten(sigma).items():
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        flat[path] = flat[path] + scale * jax.random.normal(own, scale.shape)
+        draw = lambda own=own, scale=scale: jax.random.normal(own, scale.shape)
+        # a branch, which is not fused: else XLA:CPU keeps several arrays of a draw's making for the backward pass, not the noise itself
+        noise = jax.lax.cond(any_noise, draw, lambda scale=scale: jnp.zeros(scale.shape))
+        flat[path] = flat[path] + scale * noise
     return trees.unflatten(flat)
 
 
@@ -255,7 +271,7 @@ def step(
             accumulation, or under `pmap`: every row must draw noise of its own.
     """
     network = {"schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
-    trainable = {"mu": state.tuned.trainable, "raw": state.raw}
+    trainable, prior_mean = {"mu": state.tuned.trainable, "raw": state.raw}, centre(state, params)
     if cfg.noise == "activations":
         alone = noisy_fn is not None and text_fn is None and axis_name is None and cfg.accumulation == 1
         cure = 'train full weights of the UNet alone, or take noise="weights"'
@@ -263,7 +279,7 @@ def step(
 
     def at(own: Key, part: Data):
         """Gradient of mu and raw at one draw of the weights."""
-        merge = lambda base, both: _drawn(own, base, both, state.prior, cfg, adapter)
+        merge = lambda base, both: _drawn(own, base, both, prior_mean, cfg, adapter)
         fn = eps_fn
         if cfg.noise == "activations":
             fn = lambda drawn, *inputs: noisy_fn(drawn["params"], drawn["sigma"], own, *inputs)
@@ -281,7 +297,7 @@ def step(
         return found, info.instance_loss, prior_info.instance_loss
 
     grads, instance, prior = mean_over(draw, jnp.arange(cfg.weight_samples))
-    grads, kl = _regularised(grads, trainable, state.prior, cfg)
+    grads, kl = _regularised(grads, trainable, prior_mean, cfg)
     norm = optax.tree.norm(grads)
     loss = instance + cfg.prior_weight * prior
     sigma = deviations(state.raw, cfg)
@@ -334,10 +350,11 @@ def _drawn(key: Key, base: Params, both: dict[str, Params], prior: Params, cfg: 
     if cfg.noise == "dropout":
         return adapter.merge(base, dropped(key, both["mu"], prior, cfg.dropout))
     sigma = deviations(both["raw"], cfg)
+    any_noise = (jnp.asarray(cfg.sigma0) > 0) | (jnp.asarray(cfg.sigma_rate) > 0) | (jnp.asarray(cfg.sigma_min) > 0)
     if cfg.noise == "weights":
-        return adapter.merge(base, perturbed(key, both["mu"], sigma))
+        return adapter.merge(base, perturbed(key, both["mu"], sigma, any_noise))
     layers, rest = dense(sigma)
-    return {"params": adapter.merge(base, perturbed(key, both["mu"], rest)), "sigma": layers}
+    return {"params": adapter.merge(base, perturbed(key, both["mu"], rest, any_noise)), "sigma": layers}
 
 
 def _regularised(grads: Params, both: dict[str, Params], prior: Params, cfg: Config) -> tuple[Params, Float[Array, ""]]:

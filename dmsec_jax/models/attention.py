@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from dmsec_jax.models import splash
+from dmsec_jax.models import flash, splash
 from dmsec_jax.models.layers import Conv, GroupNorm
 
 MAX_LOGITS = 2**22
@@ -18,7 +18,7 @@ MAX_LOGITS = 2**22
 def attention(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
     """Scaled dot-product attention with float32 softmax, by what suits the device that the program is compiled for.
 
-    TPU, long sequences: `splash.attention`. All else: `chunked`.
+    TPU, long sequences: `splash.attention`. NVIDIA GPU, half precision: `flash.attention`. All else: `chunked`.
 
     Args:
         q: [B, N, heads, D]; k, v: [B, M, heads, D].
@@ -29,9 +29,12 @@ def attention(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):
         [B, N, heads, D] in the dtype of `v`.
     """
     in_chunks = partial(chunked, mask=mask, max_logits=max_logits)
+    kernels = {}
     if mask is None and splash.worthwhile(q.shape[1], k.shape[1], q.shape[2]):
-        return jax.lax.platform_dependent(q, k, v, tpu=splash.attention, default=in_chunks)
-    return in_chunks(q, k, v)
+        kernels["tpu"] = splash.attention
+    if mask is None and flash.suits(q.dtype, q.shape[3]):
+        kernels["cuda"] = flash.attention
+    return jax.lax.platform_dependent(q, k, v, **kernels, default=in_chunks) if kernels else in_chunks(q, k, v)
 
 
 def chunked(q, k, v, *, mask=None, max_logits: int = MAX_LOGITS):

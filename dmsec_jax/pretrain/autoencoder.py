@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
 
+from dmsec_jax.core import spread
 from dmsec_jax.core.config import config
 from dmsec_jax.models import vae
 from dmsec_jax.pretrain.optimiser import clipped_adamw, moving_average
@@ -60,9 +61,10 @@ def step(key, state: State, pictures: UInt8[Array, "N H W 3"], cfg: Config, *, m
     index = jax.random.randint(key_pick, (cfg.batch_size,), 0, pictures.shape[0])
     batch = pictures[index].astype(jnp.float32) / 127.5 - 1
     flip = jax.random.bernoulli(key_flip, 0.5, (cfg.batch_size, 1, 1, 1))
-    batch = jnp.where(flip, batch[:, :, ::-1], batch)
+    batch = spread.even(jnp.where(flip, batch[:, :, ::-1], batch))
 
     def objective(params):
+        params = spread.whole(params)
         mean, logvar = vae.encode(model, params, batch)
         error = vae.decode(model, params, vae.sample_posterior(key_noise, mean, logvar)) - batch
         l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dmsec_jax.core import spread
 from dmsec_jax.core.config import config
 from dmsec_jax.core.types import EpsFn, Params
 from dmsec_jax.diffusion.draws import batch_stratified_t
@@ -90,8 +91,10 @@ def step(key, state: State, data: Data, alpha_bar, cfg: Config, *, predict_fn: E
     t = batch_stratified_t(key_t, jnp.arange(cfg.batch_size), cfg.batch_size, window=(0, alpha_bar.shape[0]))
     noise = jax.random.normal(key_noise, z0.shape)
     weights = min_snr_weights(alpha_bar, t, cfg.snr_gamma, cfg.prediction_type)
+    z0, ids, t, noise = spread.even((z0, ids, t, noise))
 
     def objective(params):
+        params = spread.whole(params)
         context = text_fn(params["text_encoder"], ids)
         model_fn = lambda z_t, t: predict_fn(params["unet"], z_t, t, context)
         loss = denoising_loss(model_fn, alpha_bar, z0, t, noise, cfg.prediction_type)

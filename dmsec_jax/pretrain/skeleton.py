@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from dmsec_jax import parallel
 from dmsec_jax.causal import skeleton
 from dmsec_jax.causal.sem import Prior
 from dmsec_jax.checkpoints.skeleton import Posterior
 from dmsec_jax.checkpoints.state import Checkpoints
-from dmsec_jax.core import config
+from dmsec_jax.core import config, spread
 from dmsec_jax.core.types import Params
 from dmsec_jax.metrics import graph as metrics
 from dmsec_jax.models import skeleton_net
@@ -50,15 +50,16 @@ def train(recipe: Recipe, folder: Path, on_chunk: OnChunk) -> Params:
     of_recipe = {"recipe": config.to_dict(recipe)}
     with Checkpoints(folder) as checkpoints:
         shapes = jax.eval_shape(lambda: skeleton.init(key, recipe.net, recipe.train))
-        found = checkpoints.restore(shapes, metadata=of_recipe)
+        found = checkpoints.restore(spread.cut_shapes(shapes), metadata=of_recipe)
 
         def keep(done: int, state: skeleton.State, losses: np.ndarray) -> None:
-            checkpoints.save(done, jax.device_get(state), of_recipe)
+            checkpoints.save(done, spread.to_host(state), of_recipe)
             on_chunk(done, losses)
 
-        resume = None if found is None else (found.step, jax.tree.map(jnp.asarray, found.tree))
+        resume = None if found is None else (found.step, parallel.cut(found.tree))
         options = {"resume": resume, "on_chunk": keep, "chunk": recipe.chunk_steps}
-        return skeleton.train(key, recipe.prior, recipe.net, recipe.train, **options).params
+        trained = skeleton.train(key, recipe.prior, recipe.net, recipe.train, **options)
+        return parallel.to_host(trained.params)
 
 
 def calibration(params: Params, recipe: Recipe) -> list[dict[str, float]]:
@@ -87,7 +88,7 @@ def held_out(key, params: Params, recipe: Recipe, size: int, count: int) -> tupl
     def some(key):
         phi, adjacent = skeleton.batch(key, size, together, recipe.prior, recipe.train.rows)
         logits = jax.vmap(lambda one: skeleton_net.apply(recipe.net, params, one)[first, second])(phi)
-        return jax.nn.sigmoid(logits), adjacent
+        return spread.whole((jax.nn.sigmoid(logits), adjacent))
 
     parts = [some(jax.random.fold_in(key, i)) for i in range(-(-count // together))]
     return tuple(np.concatenate([np.asarray(part[k]) for part in parts])[:count] for k in (0, 1))

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmsec_jax import parallel
 from dmsec_jax.checkpoints.state import Checkpoints
+from dmsec_jax.core import spread
 from dmsec_jax.core.config import config
 from dmsec_jax.data.images import from_uint8
 from dmsec_jax.data.tokens import Tokenizer
@@ -71,13 +73,11 @@ def train_autoencoder(
     """
     cfg, key = recipe.autoencoder, jax.random.key(recipe.seed)
     key_init, key_run = jax.random.split(key)
-    advance = jax.jit(
-        partial(autoencoder.run, key_run, model=NANO.vae), static_argnames="num_steps", donate_argnames="state"
-    )
+    advance = _compiled(partial(autoencoder.run, key_run, model=NANO.vae))
     state = _loop(
         "autoencoder",
-        autoencoder.init(key_init, NANO.vae, cfg),
-        lambda state, count: advance(state=state, pictures=pictures, cfg=cfg, num_steps=count),
+        lambda: autoencoder.init(key_init, NANO.vae, cfg),
+        partial(advance, parallel.placed({"pictures": pictures, "cfg": cfg})),
         recipe,
         cfg.num_steps,
         folder,
@@ -110,17 +110,17 @@ def train_denoiser(
     train = [icon for icon in corpus.concepts(icons) if not icon.held_out]
     mean, std = moments(vae_params, train)
     captions = np.stack([words.encode(icon.captions) for icon in train])
-    data = denoiser.Data(*map(jnp.asarray, (mean, std, captions, words.encode([""])[0])))
+    data = denoiser.Data(mean, std, captions, words.encode([""])[0])
     alpha_bar = alpha_bars(from_scheduler_json(architecture.scheduler))
     networks = {
         "predict_fn": partial(unet.apply, architecture.unet),
         "text_fn": lambda params, ids: clip.apply(architecture.text, params, ids).last_hidden,
     }
-    advance = jax.jit(partial(denoiser.run, key_run, **networks), static_argnames="num_steps", donate_argnames="state")
+    advance = _compiled(partial(denoiser.run, key_run, **networks))
     state = _loop(
         "denoiser",
-        denoiser.init(start, cfg),
-        lambda state, count: advance(state=state, data=data, alpha_bar=alpha_bar, cfg=cfg, num_steps=count),
+        lambda: denoiser.init(start, cfg),
+        partial(advance, parallel.placed({"data": data, "alpha_bar": alpha_bar, "cfg": cfg})),
         recipe,
         cfg.num_steps,
         folder,
@@ -145,7 +145,7 @@ def moments(vae_params: dict, icons: Sequence[Icon], batch_size: int = 32) -> tu
     """Posterior mean and deviation of each icon on white and of its mirror image: two arrays [N, 2, h, w, c]."""
     pictures = from_uint8(np.stack([corpus.composite(icon.rgba) for icon in icons]))
     pictures = np.stack([pictures, pictures[:, :, ::-1]], 1).reshape(-1, *pictures.shape[1:])
-    encode = jax.jit(partial(vae.encode, NANO.vae))
+    encode = jax.jit(lambda params, image: spread.whole(vae.encode(NANO.vae, spread.whole(params), spread.even(image))))
     fill = -len(pictures) % batch_size
     padded = np.concatenate([pictures, np.zeros((fill, *pictures.shape[1:]), np.float32)])
     parts = [encode(vae_params, padded[i : i + batch_size]) for i in range(0, len(padded), batch_size)]
@@ -153,10 +153,21 @@ def moments(vae_params: dict, icons: Sequence[Icon], batch_size: int = 32) -> tu
     return tuple(rows.reshape(len(icons), 2, *rows.shape[1:]) for rows in (mean, np.exp(0.5 * logvar)))
 
 
+def _compiled(run: Callable) -> Callable:
+    """(arguments of `run`, state, number of steps) -> (state, Info of each step), the state in place and cut over the devices."""
+
+    @partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+    def advance(fixed, state, num_steps):
+        state, info = run(state=state, num_steps=num_steps, **fixed)
+        return spread.cut(state), spread.whole(info)
+
+    return advance
+
+
 def _loop(
     stage: str,
-    state,
-    advance,
+    init: Callable[[], Any],
+    advance: Callable[[Any, int], Any],
     recipe: Recipe,
     num_steps: int,
     folder: Path,
@@ -166,14 +177,14 @@ def _loop(
     """Chunks of steps with checkpoints; begins where the newest checkpoint in `folder` ended."""
     of_run = {"stage": stage, "origin": dict(origin)}
     with Checkpoints(folder / stage) as checkpoints:
-        found = checkpoints.restore(jax.eval_shape(lambda: state), metadata=of_run)
-        state = state if found is None else found.tree
+        found = checkpoints.restore(spread.cut_shapes(jax.eval_shape(init)), metadata=of_run)
+        state = parallel.cut(spread.to_host(init())) if found is None else found.tree
         done = int(state.step)
         while done < num_steps:
             count = min(recipe.chunk_steps - done % recipe.chunk_steps, num_steps - done)
             state, info = advance(state, count)
             done += count
             if done % recipe.save_every == 0 or done == num_steps:
-                checkpoints.save(done, jax.device_get(state), of_run)
+                checkpoints.save(done, spread.to_host(state), of_run)
             on_chunk(stage, done, num_steps, jax.device_get(info))
     return state
