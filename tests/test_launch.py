@@ -28,7 +28,9 @@ RECOVERING = ["--settings.num-draws", "2", "--settings.num-steps", "50", "--sett
 RECOVERING += ["--settings.cgi-draws", "1", "--settings.batch-size", "3", "--methods", "cgi-dm", "loss"]
 PRETRAIN = ["--set", "train.num_steps=4", "chunk_steps=2", "held_out=8", "check_sizes=[5]", "train.sizes=[5]"]
 PRETRAIN += ["train.rows=[50,100]", "net.width=8", "net.depth=1", "train.pairs=80"]  # eight data sets an update
-TUNING = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2", "patterns=[conv_out]", "tune.adam_epsilon=1e-3"]
+TUNING = ["--set", "tune.num_steps=4", "chunk_steps=2", "save_every=2", "tune.adam_epsilon=1e-3"]
+TUNERS = {"finetune": ["patterns=[conv_out]"], "finetune lora": ["lora.rank=2"], "finetune norm": ["--bayes", "norm"]}
+"""Cases of the verb: full weights, LoRA, and a posterior over the normalisation layers -> how their options end."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def line(tiny_folder, pictures, table, tmp_path_factory):
-    """(verb, folder of its results) -> the command line; what reads a fine-tuned model takes that of one device."""
+    """(verb or case of it, folder of its results) -> the command line; what reads a fine-tuned model takes that of one device."""
     tuned = tmp_path_factory.mktemp("alone") / "finetune"
 
     def of(verb, out=None):
@@ -51,14 +53,14 @@ def line(tiny_folder, pictures, table, tmp_path_factory):
         model = ["--model", str(tiny_folder)]
         models = ["--base", str(tiny_folder), "--model", str(tuned / "model")]
         options = {
-            "finetune": [*known, *model, "--sample-every", "2", *TUNING],
+            **{case: [*known, *model, "--sample-every", "2", *TUNING, *more] for case, more in TUNERS.items()},
             "extract": [*known, *models, *SAMPLING],
             "authenticate": [*known, *models, *RECOVERING],
             "protect": [*known, *model, "--steps", "2", "--purifiers", "jpeg"],
             "discover": [str(table), "--restarts", "4", "--set", "num_steps=3"],
             "pretrain": ["--what", "skeleton", "--work", f"{out or tuned}-work", *PRETRAIN],
         }
-        return [verb, *options[verb], "--out", str(out or tuned.parent / verb)]
+        return [verb.partition(" ")[0], *options[verb], "--out", str(out or tuned.parent / verb)]
 
     return of
 
@@ -77,7 +79,7 @@ def alone(line):
     return of
 
 
-def assert_same(found: Path, expected: Path):
+def assert_same(found: Path, expected: Path, atol: float = 1e-6):
     """Pictures to a level, weights and figures to rounding, and no file more or less."""
     names = lambda place: sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
     ignored = lambda name: "checkpoints" in name.parts
@@ -90,7 +92,7 @@ def assert_same(found: Path, expected: Path):
         elif name.suffix == ".safetensors":
             ours, theirs = load_file(mine), load_file(other)
             for key, tensor in theirs.items():
-                np.testing.assert_allclose(ours[key], tensor, rtol=1e-4, atol=1e-6, err_msg=key)
+                np.testing.assert_allclose(ours[key], tensor, rtol=1e-4, atol=atol, err_msg=key)
         elif name.name == "result.json":
             ours, theirs = (json.loads(path.read_text()) for path in (mine, other))
             assert len(ours["rows"]) == len(theirs["rows"])
@@ -101,16 +103,16 @@ def assert_same(found: Path, expected: Path):
 
 
 def axes(verb):
-    return "data=2,fsdp=2" if verb == "finetune" else "data"  # four rows a step
+    return "data=2,fsdp=2" if verb in TUNERS else "data"  # four rows a step
 
 
 @pytest.mark.slow  # compiles everything twice
-@pytest.mark.parametrize("verb", cli.SHARED)
+@pytest.mark.parametrize("verb", [*cli.SHARED, *(case for case in TUNERS if case not in cli.SHARED)])
 def test_eight_devices_give_what_one_gives(verb, line, alone, tmp_path):
     expected = alone(verb)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(spread, "SMALL", 1)  # so that weights of this size are cut
-        if verb == "finetune":
+        if verb in TUNERS:
             patched.setattr(parallel.jax, "devices", lambda: jax.local_devices()[:4])
         assert cli.main([*line(verb, tmp_path / verb), "--mesh", axes(verb)]) == 0
     assert_same(tmp_path / verb, expected)

@@ -39,7 +39,8 @@ def program(monkeypatch):
 @pytest.fixture
 def judged(program):
     """As `program`, after what holds for every step: no exchange beside the plan, buffers that were given away are used again, temporaries
-    (MiB) within a budget, and the TPU kernel in place. Gives what is exchanged, and the share of those buffers that lies on one device."""
+    (MiB) within a budget, and the TPU kernel in place where there are networks. Gives what is exchanged, and the share of those buffers that
+    lies on one device."""
     import jax
 
     from benchmarks.pod import compiled
@@ -53,7 +54,7 @@ def judged(program):
         given = sum(on_a_device(leaf) for i in made.donated for leaf in jax.tree.leaves(made.args[i]))
         assert memory.alias_size_in_bytes >= given
         assert memory.temp_size_in_bytes <= temporaries * 2**20
-        assert "tpu_custom_call" in found.as_text()
+        assert made.work is None or "tpu_custom_call" in found.as_text()
         whole = sum(leaf.size * leaf.dtype.itemsize for i in made.donated for leaf in jax.tree.leaves(made.args[i]))
         return talk, given / whole
 
