@@ -88,10 +88,8 @@ def test_what_cannot_be_correlated_is_refused(change, message):
         features.correlation(data, list("abcdefg"[: data.shape[1]]))
 
 
-@pytest.mark.parametrize("size", [5, 130])
-def test_ranks_are_those_of_sorting_with_ties(size):
-    values = np.random.default_rng(0).integers(0, 4, (6, size)).astype(np.float32)
-    values[0, 1:] = np.inf
-    places = np.array([[0, 2, size - 1]] * 6)
-    found = jax.jit(features._at_ranks)(values, places)
-    np.testing.assert_array_equal(found, np.take_along_axis(np.sort(values, axis=-1), places, axis=-1))
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 130])
+def test_the_network_sorts_columns_with_ties_and_infinities(size):
+    values = np.random.default_rng(0).integers(0, 4, (size, 2, 3)).astype(np.float32)
+    values[1:, 0, 0] = np.inf
+    np.testing.assert_array_equal(jax.jit(features._sorted)(values), np.sort(values, axis=0))
