@@ -8,6 +8,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from dmsec_jax.core.checks import require
 
@@ -116,18 +117,42 @@ def _kernel_grad_native(x, kernel, g, *, stride, padding):
     return jax.vjp(lambda k: _plain_conv(x, k, stride, padding), kernel)[1](g)[0]
 
 
+def _input_grad(g, kernel, *, size: tuple[int, int], stride: int, padding: Padding):
+    """The output gradient, with s - 1 zeros between neighbours if the stride is s, convolved with the flipped kernel."""
+    gaps = (0, 0, stride - 1)
+    spread = jax.lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), gaps, gaps, (0, 0, 0)))
+    pads = []
+    for axis, (k, n) in enumerate(zip(kernel.shape[:2], size, strict=True)):
+        low = k - 1 - padding[axis][0]
+        pads.append((low, n + k - 1 - low - spread.shape[1 + axis]))
+    return _fast_conv(spread, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1, tuple(pads))
+
+
+def _input_grad_phases(g, kernel, *, size: tuple[int, int], stride: int, padding: Padding):
+    """The same without products with zeros: rows i of the input with one (i + padding) mod s see taps s apart, so that all s x s such phases are
+    channels of one small convolution (Shi et al. 2016), here of 16 products in place of 36 for a 3x3 kernel of stride 2."""
+    (kh, kw, _, _), s = kernel.shape, stride
+    rows, columns = -(-kh // s), -(-kw // s)
+    taps = jnp.pad(kernel, ((0, rows * s - kh), (0, columns * s - kw), (0, 0), (0, 0)))
+    taps = rearrange(taps, "(m s) (n r) c d -> m n d (s r c)", s=s, r=s)[::-1, ::-1]
+    first = [low // s for low, _ in padding]
+    last = [(n - 1 + low) // s for n, (low, _) in zip(size, padding, strict=True)]
+    pads = [(rows - 1 - first[0], last[0] + 1 - g.shape[1]), (columns - 1 - first[1], last[1] + 1 - g.shape[2])]
+    out = rearrange(_plain_conv(g, taps, 1, tuple(pads)), "b h w (s r c) -> b (h s) (w r) c", s=s, r=s)
+    top, left = (low % s for low, _ in padding)
+    return out[:, top : top + size[0], left : left + size[1]]
+
+
 def _conv_bwd(stride, padding, residuals, g):
     x, kernel = residuals
-    kh, kw = kernel.shape[:2]
-    spread = g  # with stride s, the output gradient with s - 1 zeros between neighbours
-    if stride > 1:
-        zero = jnp.zeros((), g.dtype)
-        spread = jax.lax.pad(g, zero, ((0, 0, 0), (0, 0, stride - 1), (0, 0, stride - 1), (0, 0, 0)))
-    pads = []
-    for axis, k in ((1, kh), (2, kw)):
-        low = k - 1 - padding[axis - 1][0]
-        pads.append((low, x.shape[axis] + k - 1 - low - spread.shape[axis]))
-    dx = _fast_conv(spread, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1, tuple(pads))
+    options = {"size": x.shape[1:3], "stride": stride, "padding": padding}
+    dx = (
+        _input_grad(g, kernel, **options)
+        if stride == 1
+        else jax.lax.platform_dependent(
+            g, kernel, cpu=partial(_input_grad_phases, **options), default=partial(_input_grad, **options)
+        )
+    )
     dk = jax.lax.platform_dependent(
         x,
         kernel,
