@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from benchmarks.throughput import counters
+from dmsec_jax import parallel
 from dmsec_jax.core import trees
 
 Arrays = dict[str, np.ndarray]
@@ -18,6 +19,11 @@ Peer = Callable[[], Callable[[], Mapping[str, Callable[[], Any]]]]
 PUBLIC, PLAIN, LAYOUT, COMPILED = "public-structure", "torch-eager", "torch-channels-last", "torch-compile"
 HOW = {PLAIN: "plain", LAYOUT: "channels-last", COMPILED: "compiled"}
 """The best that PyTorch can do is the fastest of these."""
+OURS, SHARED_CONV, SHARED_ROWS = "ours", "ours-shared-convolutions", "ours-shared-rows"
+"""One device, as XLA compiles it; convolutions by Eigen, whose work the cores share, while YNNPACK's are faster on one; a device of each core, with
+its share of the batch. The best that we can do is the fastest of these."""
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+"""Compiler option: YNNPACK for matrix products alone."""
 TOLERANCE = 2e-3
 
 
@@ -29,8 +35,10 @@ class Case:
         op, shape, batch: its name.
         steps: in one call; times are given per step.
         fn, args: our program, jitted here.
+        rows: positions of arguments whose leading axis is the batch, for a device of each core; none: the program shares its rows by itself; None: it
+            stays on one device.
         named: its result -> the arrays to compare.
-        peers: by name; `match` names those that do other arithmetic, with the arrays and tolerance in which they agree nevertheless.
+        peers: by name.
         loose: name of an array -> its own tolerance.
         host: where our side is not one compiled program: what is called instead.
         flops: of one call, if the program does not show them.
@@ -42,6 +50,7 @@ class Case:
     steps: int = 1
     fn: Callable | None = None
     args: tuple = ()
+    rows: tuple[int, ...] | None = None
     named: Callable[[Any], Arrays]
     peers: Mapping[str, Peer]
     loose: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -70,8 +79,29 @@ class Ours:
     """Arguments, results and temporaries together."""
 
 
-def build(case: Case) -> Ours:
-    """Traces and compiles our side."""
+def variants(case: Case, threads: int) -> dict[str, Ours]:
+    """All ways in which our side can use the cores; the first is on one device, as XLA compiles it."""
+    found = {OURS: build(case)}
+    if case.host is None and threads > 1:
+        found[SHARED_CONV] = build(case, options=EIGEN)
+        devices = jax.local_device_count()
+        if case.rows is not None and devices > 1 and case.batch % devices == 0:
+            found[SHARED_ROWS] = _shared(case, devices)
+    return found
+
+
+def _shared(case: Case, devices: int) -> Ours:
+    mesh = parallel.make_mesh(f"data={devices}")
+    arrays = lambda leaf: isinstance(leaf, jax.Array)  # numbers of a config stay as they are
+    put = lambda tree: jax.tree.map(lambda leaf: parallel.replicate(leaf, mesh) if arrays(leaf) else leaf, tree)
+    share = lambda i, arg: parallel.shard_rows(arg, mesh) if i in case.rows else put(arg)
+    shared = dataclasses.replace(case, args=tuple(share(i, arg) for i, arg in enumerate(case.args)))
+    with jax.set_mesh(mesh):
+        return build(shared)
+
+
+def build(case: Case, options: Mapping[str, str] | None = None) -> Ours:
+    """Traces and compiles our side, on the devices of its arguments, with options of XLA's compiler."""
     if case.host is not None:
         return Ours(case.host, 0.0, 0.0, case.flops or 0.0)
     began = time.perf_counter()
@@ -79,7 +109,7 @@ def build(case: Case) -> Ours:
     flops = counters.flops(traced.jaxpr) if case.flops is None else case.flops
     lowered = traced.lower()
     middle = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=options and dict(options))
     done = time.perf_counter()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return Ours(

@@ -48,6 +48,7 @@ def posterior(size: int, data_sets: int) -> Case:
         batch=data_sets,
         fn=run,
         args=(params, jnp.asarray(corr)),
+        rows=(1,),
         named=lambda out: {"probability": np.asarray(out)},
         peers={PLAIN: lambda: build("plain"), COMPILED: lambda: build("compiled")},
     )
@@ -84,6 +85,7 @@ def lagrangian(size: int, starts: int) -> Case:
         batch=starts,
         fn=run,
         args=(jnp.asarray(directed), jnp.asarray(lower), held, jnp.asarray(covariance)),
+        rows=(0, 1, 2),
         named=lambda out: {
             "value": np.asarray(out[0]),
             "directed": np.asarray(out[1][0]) * off,  # |w| has no slope at 0, where the diagonal stays
@@ -132,6 +134,7 @@ def steps(size: int, starts: int) -> Case:
         steps=STEPS,
         fn=run,
         args=(keys, state, jnp.asarray(covariance), guidance, cfg),
+        rows=(0, 1),
         named=lambda out: {"directed": np.asarray(out[0]), "bidirected": np.asarray(out[1])},
         loose={"directed": 2e-2, "bidirected": 5e-2},  # Adam's steps near a minimum turn on signs
         peers={

@@ -4,16 +4,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.throughput import cases, limits, timing
-from benchmarks.throughput.cases import COMPILED, PUBLIC, Case, Ours
+from benchmarks.throughput.cases import COMPILED, OURS, PUBLIC, Case, Ours
 from benchmarks.throughput.limits import Peaks
 from benchmarks.throughput.timing import Ratio, Times
 from dmsec_jax.report.result import Row
 
 CLOCKS = ("wall", "cpu")
 BEST = "torch-best"
+"""The fastest baseline but the public structure; `ours-best` is the fastest of our ways of using the cores."""
+OURS_BEST = "ours-best"
 HEAD = [
     "row",
     "ours",
+    "how",
     "best PyTorch",
     "ratio",
     "which",
@@ -42,8 +45,10 @@ class Timed(NamedTuple):
 
     seconds: dict[str, Ratio]
     """Of a step of each side."""
+    fastest: str
+    """Of our ways of using the cores."""
     ratios: dict[str, Ratio]
-    """Of each baseline to ours."""
+    """Of each baseline to that."""
     best: str | None
     """The fastest baseline that is not the public structure."""
     rate: float
@@ -59,9 +64,13 @@ def measure(case: Case, cfg: Any, peaks: Peaks, threads: int) -> tuple[list[Row]
     Raises:
         AssertionError: if both sides did not compute the same.
     """
-    ours = cases.build(case)
+    mine = cases.variants(case, threads)
+    ours = mine[OURS]
     named, error = case.named(ours.run()), 0.0
-    sides: dict[str, Callable] = {"ours": ours.run}
+    for own in mine.values():
+        outcome = case.named(own.run())
+        cases.differences(case, named, {name: lambda array=array: array for name, array in outcome.items()})
+    sides: dict[str, Callable] = {name: own.run for name, own in mine.items()}
     for name, build in case.peers.items():
         if (cfg.peers and name not in cfg.peers) or (cfg.quick and name == COMPILED):
             continue
@@ -94,15 +103,18 @@ def of_machine(peaks: Peaks, threads: int) -> list[Row]:
 def _timed(times: Mapping[str, Times], clock: str, steps: int, work: Work, peaks: Peaks) -> Timed:
     seconds = {name: getattr(part, clock) / steps for name, part in times.items()}
     medians = {name: timing.median(values) for name, values in seconds.items()}
-    ratios = {name: timing.median(values / seconds["ours"]) for name, values in seconds.items() if name != "ours"}
+    mine = [name for name in seconds if name.startswith(OURS)]
+    fastest = min(mine, key=lambda name: medians[name].value)
+    medians[OURS_BEST] = medians[fastest]
+    ratios = {name: timing.median(values / seconds[fastest]) for name, values in seconds.items() if name not in mine}
     strong = [name for name in ratios if name != PUBLIC]
     best = min(strong, key=lambda name: ratios[name].value) if strong else None
     if best is not None:
         ratios[BEST] = ratios[best]
-    own = medians["ours"].value
+    own = medians[OURS_BEST].value
     rate = work.flops / own
     shares = rate / peaks.products(clock) / 1e9, work.counted_bytes / own / peaks.memory[clock] / 1e9
-    return Timed(medians, ratios, best, rate, shares, len(seconds["ours"]))
+    return Timed(medians, fastest, ratios, best, rate, shares, len(seconds[OURS]))
 
 
 def _rows(names: dict, ours: Ours, work: Work, clocks: Mapping[str, Timed]) -> list[Row]:
@@ -120,7 +132,7 @@ def _rows(names: dict, ours: Ours, work: Work, clocks: Mapping[str, Timed]) -> l
         for name, value in timed.seconds.items():
             add("seconds", "seconds a step", value, n, name, clock=clock)
         for name, value in timed.ratios.items():
-            add("ratio", "baseline time over ours", value, n, name, clock=clock)
+            add("ratio", "baseline time over our fastest", value, n, name, clock=clock)
         if work.flops:
             add("gflops", "GFLOP/s", timed.rate / 1e9, n, clock=clock)
             add("peak_share", "share of the time at the matrix-product peak", timed.shares[0], n, clock=clock)
@@ -143,7 +155,8 @@ def _line(name: str, ours: Ours, work: Work, timed: Timed, error: float) -> list
     best = timed.best
     return [
         name,
-        f"{1e3 * timed.seconds['ours'].value:.3g} ms",
+        f"{1e3 * timed.seconds[OURS_BEST].value:.3g} ms",
+        timed.fastest.removeprefix(OURS).lstrip("-") or "one device",
         f"{1e3 * timed.seconds[best].value:.3g} ms" if best else "-",
         interval(timed.ratios[best]) if best else "-",
         (best or "-").removeprefix("torch-"),

@@ -87,6 +87,7 @@ def protect(objective: str, batch: int, num_draws: int = 1) -> Case:
         steps=STEPS,
         fn=run,
         args=({**params, "vae": base.params["vae"]}, jnp.asarray(image), cfg),
+        rows=(1,),
         named=named,
         loose={"delta": 0.15},  # a sign flips where a gradient is near zero
         peers=_peers(public, best, given, own) if num_draws == 1 else {},
@@ -161,6 +162,7 @@ def contrast(batch: int) -> Case:
         steps=STEPS,
         fn=run,
         args=(params, *map(jnp.asarray, (known, start, mask)), cfg),
+        rows=(1, 2),
         named=lambda out: {"delta": np.asarray(out[0]), "norm": np.asarray(out[1])},
         loose={"delta": 5e-3, "norm": 5e-3},  # a difference of two nearly equal losses
         peers=_peers(public, best, _given(drawn, batch), own),
@@ -197,6 +199,7 @@ def two_models(batch: int, num_steps: int = 50) -> Case:
         steps=num_steps,
         fn=run,
         args=(params, jnp.asarray(z_T), cfg),
+        rows=(1,),
         named=lambda out: {"latent": np.asarray(out)},
         loose={"latent": 2e-2},  # rounding grows over 50 steps
         peers=peers,

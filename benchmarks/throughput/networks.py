@@ -74,7 +74,9 @@ def unet_forward(shape: str, batch: int, side: int | None = None) -> Case:
     peers = {name: lambda how=how: passes.forward(net.module(), z_t, t, context, how=how) for name, how in HOW.items()}
     names = {"op": "unet-forward", "shape": shape, "batch": batch}
     args = (net.params, *map(jnp.asarray, (z_t, t, context)))
-    return Case(fn=apply, args=args, named=lambda out: {"prediction": np.asarray(out)}, peers=peers, **names)
+    return Case(
+        fn=apply, args=args, rows=(1, 2, 3), named=lambda out: {"prediction": np.asarray(out)}, peers=peers, **names
+    )
 
 
 def unet_input_gradient(shape: str, batch: int) -> Case:
@@ -89,7 +91,8 @@ def unet_input_gradient(shape: str, batch: int) -> Case:
     peers = {name: lambda how=how: build(how) for name, how in HOW.items()}
     args = (net.params, *map(jnp.asarray, (z_t, t, context, cotangent)))
     named = lambda out: {"gradient": np.asarray(out)}
-    return Case(op="unet-input-gradient", shape=shape, batch=batch, fn=gradient, args=args, named=named, peers=peers)
+    names = {"op": "unet-input-gradient", "shape": shape, "batch": batch}
+    return Case(fn=gradient, args=args, rows=(1, 2, 3, 4), named=named, peers=peers, **names)
 
 
 def unet_weight_gradient(shape: str, batch: int) -> Case:
@@ -113,7 +116,8 @@ def unet_weight_gradient(shape: str, batch: int) -> Case:
     peers = {name: lambda how=how: build(how) for name, how in HOW.items()}
     args = (net.params, *map(jnp.asarray, (z_t, t, context, cotangent)))
     named = lambda out: {"weights": out}
-    return Case(op="unet-weight-gradient", shape=shape, batch=batch, fn=gradient, args=args, named=named, peers=peers)
+    names = {"op": "unet-weight-gradient", "shape": shape, "batch": batch}
+    return Case(fn=gradient, args=args, rows=(1, 2, 3, 4), named=named, peers=peers, **names)
 
 
 def vae_encode_gradient(batch: int) -> Case:
@@ -133,6 +137,7 @@ def vae_encode_gradient(batch: int) -> Case:
         batch=batch,
         fn=gradient,
         args=(base.params["vae"], *map(jnp.asarray, (image, cotangent))),
+        rows=(1, 2),
         named=lambda out: {"gradient": np.asarray(out)},
         peers={name: lambda how=how: build(how) for name, how in HOW.items()},
     )
@@ -150,6 +155,7 @@ def text_encoder(batch: int) -> Case:
         batch=batch,
         fn=functions.text_fn,
         args=(base.params["text_encoder"], jnp.asarray(ids)),
+        rows=(1,),
         named=lambda out: {"hidden": np.asarray(out)},
         peers=peers,
     )

@@ -73,6 +73,7 @@ def tuner(name: str, batch: int) -> Case:
         steps=STEPS,
         fn=run,
         args=(state, data, params, cfg),
+        rows=(),
         named=lambda out: {"loss": np.asarray(out[1].loss), "norm": np.asarray(out[1].grad_norm)},
         loose={
             "norm": 2e-2,
