@@ -137,22 +137,19 @@ def statistics(
     for name in names:
         require(name in known, "method", f"one of {', '.join(known)}", repr(name), "choose one of them")
     image_batch("images", images)
+    rows, networks = _rows(subject, images), _networks(subject)
     parts = dict.fromkeys(part for name in names for part in LOSSES.get(name, ()) if part is not None)
-    drawn = losses(key, subject, images, list(parts), settings) | {None: np.zeros(1)}
-    rows = {}
-    if not LOSSES.keys() >= set(names):
-        rows = {"z0": latents(subject, images), "index": jnp.arange(len(images))}
+    drawn = {part: _drawn(key, part, rows, networks, subject, settings) for part in parts} | {None: np.zeros(1)}
     if "pfami" in names:
         crops = [latents(subject, _cropped(images, share)) for share in CROPS]
         rows["neighbours"] = jnp.stack(crops, axis=1)  # [N, M, h, w, c]
     options = {"settings": settings, **_static(subject)}
-    network = _networks(subject)["tuned"]
 
     def one(name: str) -> np.ndarray:
         if name in LOSSES:
             first, second = (drawn[part] for part in LOSSES[name])
             return (first - second).mean(axis=-1)
-        run = lambda part: _statistic(key, part, network, name=name, **options)
+        run = lambda part: _statistic(key, part, networks["tuned"], name=name, **options)
         return _whole(run, rows, settings)
 
     found = {name: one(name) for name in names}
@@ -171,16 +168,8 @@ def losses(
     Args:
         which: "base", "tuned", "unconditional" (the tuned model without a prompt), all on the same draws, and "tuned-apart", on others.
     """
-    rows = {"z0": latents(subject, images), "index": jnp.arange(len(images))}
-    networks, options = _networks(subject), {"settings": settings, **_static(subject)}
-    found = {}
-    for name in which:
-        own = membership.apart(key) if name == "tuned-apart" else key
-        network = networks[name.removesuffix("-apart")]
-        found[name] = _whole(
-            lambda part, own=own, network=network: _losses(own, part, network, **options), rows, settings
-        )
-    return found
+    rows, networks = _rows(subject, images), _networks(subject)
+    return {name: _drawn(key, name, rows, networks, subject, settings) for name in which}
 
 
 def latents(subject: Subject, images: np.ndarray) -> Latent:
@@ -315,6 +304,17 @@ def _networks(subject: Subject) -> dict[str, dict[str, Params]]:
     }
 
 
+def _rows(subject: Subject, images: np.ndarray) -> dict[str, jax.Array]:
+    return {"z0": latents(subject, images), "index": jnp.arange(len(images))}
+
+
+def _drawn(key, name: str, rows, networks, subject: Subject, settings: Settings) -> np.ndarray:
+    """Losses [N, K] of one of those that `losses` names."""
+    own = membership.apart(key) if name == "tuned-apart" else key
+    network, options = networks[name.removesuffix("-apart")], {"settings": settings, **_static(subject)}
+    return _whole(lambda part: _losses(own, part, network, **options), rows, settings)
+
+
 def _static(subject: Subject) -> dict:
     """What is compiled in."""
     return {"schedule": subject.base.schedule, "predict_fn": subject.base.functions.predict_fn}
@@ -361,11 +361,10 @@ def _statistic(key, part, network, *, name: str, settings: Settings, schedule: S
 
 
 def _cropped(images: np.ndarray, share: float) -> np.ndarray:
-    """The central part of each picture, stretched to its old size."""
-    side = images.shape[1]
-    margin = (side - share * side) / 2
-    scale = jnp.full(2, 1 / share)
+    """The central part of each picture [N, H, W, C], stretched to its old size."""
+    sides = jnp.asarray(images.shape[1:3])
+    margin = (1 - share) * sides / 2
     stretched = jax.image.scale_and_translate(
-        jnp.asarray(images), images.shape, (1, 2), scale, -margin * scale, "linear", antialias=False
+        jnp.asarray(images), images.shape, (1, 2), jnp.full(2, 1 / share), -margin / share, "linear", antialias=False
     )
     return np.asarray(jnp.clip(stretched, -1, 1))

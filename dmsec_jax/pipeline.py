@@ -176,15 +176,7 @@ def decode(pipeline: Pipeline, latents: Latent, batch_size: int = 16) -> np.ndar
 
 
 def batched(run: Callable, rows, size: int):
-    """`run` over batches of exactly min(size, N) rows of a tree of arrays [N, ...], rounded up to what the devices of a mesh can share; where
-    rows are short, the last one is repeated.
-
-    Yields what `run` returns, a tuple of arrays, without the filling: one compilation serves any N.
-    """
-    count = jax.tree.leaves(rows)[0].shape[0]
-    size = spread.filled(min(size, count))
-    for start in range(0, count, size):
-        kept = min(size, count - start)
-        index = np.minimum(np.arange(start, start + size), count - 1)
+    """`run` over the rows of a tree of arrays [N, ...] in `spread.batches`; yields what it returns, a tuple of arrays, without the filling."""
+    for index, kept in spread.batches(jax.tree.leaves(rows)[0].shape[0], size):
         part = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), rows)
         yield tuple(out[:kept] for out in run(part))

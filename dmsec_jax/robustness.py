@@ -131,12 +131,7 @@ _ssim = jax.jit(image.ssim)
 
 
 def _lpips(a, b):
-    return _distance(_alexnet()[1], a, b)
-
-
-@functools.cache
-def _alexnet():
-    return features.load()
+    return _distance(features.load()[1], a, b)
 
 
 @jax.jit

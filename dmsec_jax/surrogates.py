@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dmsec_jax import pipeline
+from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 from dmsec_jax.core.types import AnyArray
 from dmsec_jax.finetune import adapters, dreambooth
@@ -128,10 +129,10 @@ def aspl(base: Pipeline, surrogate: Surrogate, *, begin_fn: Callable, advance_fn
 
 
 def _parts(rows: dict, size: int) -> list[dict]:
-    """Batches of one size, the last one filled up with its final row: one compiled program serves all."""
-    count = len(rows["index"])
-    index = [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
-    return [{name: jnp.asarray(part)[chosen] for name, part in rows.items()} for chosen in index]
+    return [
+        {name: jnp.asarray(part)[index] for name, part in rows.items()}
+        for index, _ in spread.batches(len(rows["index"]), size)
+    ]
 
 
 _FULL = adapters.full()

@@ -1,7 +1,7 @@
 """Rows over devices: of the mesh in force (`jax.set_mesh`), or of a `pmap` axis. Without either these functions change nothing, so that a step
 holds no word about devices but where its rows are and which weights it needs whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -44,6 +44,14 @@ def filled(count: int) -> int:
     """The next multiple of the devices of the mesh: batches that are filled up to it can be shared."""
     mesh = _mesh()
     return count if mesh is None else -(-count // mesh.size) * mesh.size
+
+
+def batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(`filled(min(size, count))` of the indices 0..count-1, how many of them count) for each batch: where rows are short the last one is
+    repeated, so that one compilation serves any count."""
+    size = filled(min(size, count))
+    for start in range(0, count, size):
+        yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
 
 
 def whole(tree: Any) -> Any:

@@ -7,6 +7,7 @@ with the same key see the same draws.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,11 +87,10 @@ def listed_draw(timesteps: Int[Array | np.ndarray, "M"]) -> Draw:
     return draw
 
 
-def batch_draw(
-    key: Array, index: Int[Array, "B"], shape: tuple[int, ...], *, window: Window, draw: Draw = uniform_draw
-) -> tuple[Int[Array, "B"], Float[Array, "B ..."]]:
-    """One draw for each example of a batch: t int32 [B] and noise float32 [B, *shape]; what a training step needs."""
-    return jax.vmap(lambda k: draw(k, jnp.int32(0), 1, shape, window))(example_keys(key, index))
+def many(key: Array, index: Int[Array, "B"], num_draws: int, drawn_fn: Callable[[Array, Array], Any]) -> Any:
+    """`drawn_fn(own key, k)`, a tree of arrays, for draws k = 0..K-1 of each example: leaves [B K, ...], an example's draws one after another."""
+    each = jax.vmap(lambda own: jax.vmap(lambda k: drawn_fn(own, k))(jnp.arange(num_draws)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each(example_keys(key, index)))
 
 
 def batch_stratified_t(key: Array, index: Int[Array, "B"], total: int, *, window: Window) -> Int[Array, "B"]:

@@ -289,9 +289,7 @@ def _seen(key, image, index, target, params, cfg, encode_fn, eps_fn, schedule, d
         posterior = draws.standard_normal(jax.random.fold_in(own_posterior, k), shape)
         return *draw_fn(own, k, count, shape, window), posterior
 
-    per_draw = jax.vmap(lambda own: jax.vmap(lambda k: drawn(own, k))(jnp.arange(count)))
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # [B, K, ...] -> [B K, ...]
-    t, noise, posterior = map(flat, per_draw(draws.example_keys(key, index)))
+    t, noise, posterior = draws.many(key, index, count, drawn)
 
     def predict_fn(z0):
         z_t = add_noise(alpha_bar, z0, noise, t)

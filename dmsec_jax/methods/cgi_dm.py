@@ -285,9 +285,7 @@ def contrast(
             return t, noise, noise
         return t, noise, draw_fn(jax.random.fold_in(own, count), k, count, shape, window)[1]
 
-    per_draw = jax.vmap(lambda own: jax.vmap(lambda k: drawn(own, k))(jnp.arange(count)))
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # [B, K, ...] -> [B K, ...]
-    t, noise_base, noise_tuned = map(flat, per_draw(draws.example_keys(key, index)))
+    t, noise_base, noise_tuned = draws.many(key, index, count, drawn)
     z0 = jnp.repeat(latent, count, axis=0)
     z_base = z_tuned = add_noise(alpha_bar, z0, noise_base, t)
     z_t = z_base

@@ -272,13 +272,10 @@ def sweep(
     require(count >= 1, "count", "at least 1", count, "ask for some images")
     require(batch_size >= 1, "batch_size", "at least 1", batch_size, "use as many as fit the memory")
     total = w.size * count
-    batch_size = spread.filled(min(batch_size, total))
     options = {"pair_fn": pair_fn, "schedule": schedule, "sampler_fn": sampler_fn, "guide_fn": guide_fn, "x0_fn": x0_fn}
     chunks = []
-    for start in range(0, total, batch_size):
-        position = np.minimum(np.arange(start, start + batch_size), total - 1)  # the last batch is filled up
+    for position, used in spread.batches(total, batch_size):
         point, index = position // count, position % count
-        used = min(batch_size, total - start)
 
         def chunk(point=point, index=index, used=used) -> Extraction:
             cfg = dataclasses.replace(grid, w=jnp.asarray(w[point]), k=jnp.asarray(k[point]))
@@ -287,9 +284,10 @@ def sweep(
             finite = np.asarray(finite) & np.isfinite(images).all(axis=tuple(range(1, images.ndim)))
             return Extraction(images[:used], finite[:used], np.asarray(rms)[:used])
 
-        chunks.append(chunk() if kept_fn is None else kept_fn(range(start, start + used), chunk))
+        done = range(position[0], position[0] + used)
+        chunks.append(chunk() if kept_fn is None else kept_fn(done, chunk))
         if progress is not None:
-            progress(start + used, total)
+            progress(done.stop, total)
     joined = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
     result = Extraction(*(array.reshape(w.size, count, *array.shape[1:]) for array in joined))
     if not result.finite.any():

@@ -8,6 +8,7 @@ Parameter paths: `conv1` ... `conv5` (`kernel` HWIO, `bias`) and `lin1` ... `lin
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from importlib import resources
 
@@ -129,8 +130,9 @@ def perceptual(cfg: FeaturesConfig, params: Params, image: Image) -> Float32[jax
     return jnp.concatenate(parts, axis=1)
 
 
+@functools.cache
 def load() -> tuple[FeaturesConfig, Params]:
-    """The shipped weights, as float32."""
+    """The shipped weights, as float32; read once, so leave the arrays as they are."""
     data = resources.files("dmsec_jax").joinpath(ASSET).read_bytes()
     return FeaturesConfig(), unflatten({path: leaf.astype(np.float32) for path, leaf in load_safetensors(data).items()})
 

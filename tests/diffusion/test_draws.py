@@ -69,13 +69,14 @@ def test_listed_draw_takes_from_the_list_alone():
     assert counts.min() > 200
 
 
-def test_batch_draw_is_one_draw_each():
-    t, noise = draws.batch_draw(KEY, jnp.arange(4), (3,), window=WINDOW)
-    t_later, noise_later = draws.batch_draw(KEY, jnp.array([3]), (3,), window=WINDOW)
-    assert (t.shape, noise.shape) == ((4,), (4, 3))
+def test_many_draws_are_those_of_each_example_one_after_another():
+    drawn = lambda own, k: draws.stratified_draw(own, k, 2, (3,), WINDOW)
+    t, noise = draws.many(KEY, jnp.arange(4), 2, drawn)
+    t_later, noise_later = draws.many(KEY, jnp.array([3]), 2, drawn)
+    assert (t.shape, noise.shape) == ((8,), (8, 3))
     assert t.dtype == jnp.int32
-    assert int(t_later[0]) == int(t[3])
-    np.testing.assert_array_equal(noise_later[0], noise[3])
+    np.testing.assert_array_equal(t_later, t[6:])
+    np.testing.assert_array_equal(noise_later, noise[6:])
 
 
 def test_batch_strata_cover_the_window_whatever_the_micro_batches():
