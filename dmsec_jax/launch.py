@@ -6,6 +6,7 @@
 import atexit
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from dmsec_jax import parallel
 from dmsec_jax.core import spread
 from dmsec_jax.core.checks import require
 
+COUNT_FLAG = "xla_force_host_platform_device_count"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices:
@@ -26,7 +29,8 @@ class Devices:
 
     mesh: str | None = None
     """Devices to share the work, for example data=8,fsdp=4: data shares rows (pictures, latents, starts), fsdp rows and what training keeps of
-    large weights; "data" alone takes all there are. Default: all devices on data where several processes were joined, else one device."""
+    large weights; "data" alone takes all there are. On a CPU devices are cores. Default: all devices on data where several processes were joined,
+    else one device."""
     coordinator: str | None = None
     """Join other processes that run the same command: host:port of process 0, with --num-processes and --process-id."""
     num_processes: int | None = None
@@ -57,13 +61,15 @@ def on(devices: Devices) -> Iterator[None]:
     Raises:
         ValueError: as `parallel.initialize` and `parallel.make_mesh`.
     """
+    require(devices.mesh != "", "mesh", "like data=8,fsdp=4", "''", "leave the option out for one device")
+    axes = "" if devices.mesh in (None, "data") else devices.mesh
+    if devices.mesh is not None and devices.coordinator is None and not devices.auto:
+        _take_cores(math.prod(parallel.sizes(axes)) if axes else None)
     parallel.initialize(devices.coordinator, devices.num_processes, devices.process_id, auto=devices.auto)
     together = jax.process_count() > 1
     if devices.mesh is None and not together:
         yield
         return
-    axes = "" if devices.mesh in (None, "data") else devices.mesh
-    require(devices.mesh != "", "mesh", "like data=8,fsdp=4", "''", "leave the option out for one device")
     try:
         with jax.set_mesh(parallel.make_mesh(axes)):
             yield
@@ -73,6 +79,17 @@ def on(devices: Devices) -> Iterator[None]:
         raise
     if together:
         jax.distributed.shutdown()
+
+
+def _take_cores(count: int | None) -> None:
+    """Makes so many devices of a CPU (None: one of each core), unless their number was set otherwise or JAX has begun.
+
+    Each works on rows of its own, where one device has its cores share every operation and wait for each other: measured in benchmarks/LOG.md.
+    """
+    if jax.config.jax_num_cpu_devices == -1 and COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with contextlib.suppress(RuntimeError):  # it has begun
+            jax.config.update("jax_num_cpu_devices", count or cores)
 
 
 def _end() -> None:

@@ -75,23 +75,32 @@ def make_mesh(axes: str = "", devices: Sequence[jax.Device] | None = None) -> Me
         ValueError: on another axis, a size below 1, a product that is not the number of devices, or `data` that slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict.fromkeys(AXES, 1) if axes else {"data": len(devices), "fsdp": 1}
-    for part in filter(None, axes.split(",")):
-        name, _, size = (piece.strip() for piece in part.partition("="))
-        ok = name in AXES and size.isdecimal() and int(size) >= 1
-        require(ok, "mesh", "like data=8,fsdp=4", repr(axes), f"give sizes of {' and '.join(AXES)}")
-        sizes[name] = int(size)
-    shape = tuple(sizes.values())
+    shape = sizes(axes) if axes else (len(devices), 1)
     cure = f"devices here are {len(devices)}: choose sizes with that product"
     require(math.prod(shape) == len(devices), "mesh", f"of {len(devices)} devices", axes, cure)
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices > 1:  # the network between slices is slow: weights are gathered within one
-        fits = sizes["data"] % slices == 0
+        fits = shape[0] % slices == 0
         require(fits, "mesh", f"of a multiple of {slices} on data, the slices", axes, "cut weights within a slice")
-        within = (sizes["data"] // slices, sizes["fsdp"])
+        within = (shape[0] // slices, shape[1])
         return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices), AXES)
     # Explicit axes, now the default, would ask for output shardings all through the networks
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def sizes(axes: str) -> tuple[int, int]:
+    """Of `data` and `fsdp`, by text such as "data=8,fsdp=4"; one that is left out is 1.
+
+    Raises:
+        ValueError: on another axis, or a size below 1.
+    """
+    found = dict.fromkeys(AXES, 1)
+    for part in filter(None, axes.split(",")):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        ok = name in AXES and size.isdecimal() and int(size) >= 1
+        require(ok, "mesh", "like data=8,fsdp=4", repr(axes), f"give sizes of {' and '.join(AXES)}")
+        found[name] = int(size)
+    return tuple(found.values())
 
 
 def rows(mesh: Mesh) -> NamedSharding:

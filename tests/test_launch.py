@@ -190,6 +190,29 @@ def test_mistakes_are_one_line(table, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("mesh", "begun", "count"), [("data=2,fsdp=3", False, 6), ("data=2", True, None), ("data", False, 0)]
+)
+def test_the_cores_of_a_cpu_become_devices_unless_jax_has_begun(mesh, begun, count):
+    program = f"""
+import jax
+from dmsec_jax import launch
+if {begun}:
+    jax.devices()
+try:
+    with launch.on(launch.Devices(mesh={mesh!r})):
+        print(jax.sharding.get_mesh().size)
+except ValueError as error:
+    print(error)
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    }
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    expected = "mesh must be of 1 devices" if begun else str(count or len(os.sched_getaffinity(0)))
+    assert ran.stdout.startswith(expected)
+
+
 def test_without_options_there_is_no_mesh():
     with launch.on(launch.Devices()):
         assert jax.sharding.get_mesh().empty
