@@ -26,6 +26,11 @@ FEW = 2
 """Kills of each verb in every run of CI, again and again in one folder; all of `KILLS` by `make long`."""
 
 
+def some_more(*verbs):
+    """Cases of `make long` alone."""
+    return [pytest.param(verb, marks=pytest.mark.long) for verb in verbs]
+
+
 @pytest.fixture(scope="module")
 def line(tiny_folder, pictures):
     """(verb, folder) -> the command line."""
@@ -130,7 +135,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(verb, planned, 
     assert_finishes(line(verb, folder), folder, expected)
 
 
-@pytest.mark.parametrize("verb", ["finetune", "extract", "authenticate", "protect"])
+@pytest.mark.parametrize("verb", ["finetune", "authenticate", *some_more("extract", "protect")])
 def test_killed_work_goes_on_with_other_devices(verb, line, whole, tmp_path):
     expected, count = whole(verb)
     folder = tmp_path / "cut"
@@ -158,7 +163,7 @@ def test_a_killed_training_on_a_mesh_ends_bit_for_bit_like_one_that_was_left_alo
     assert left(folder) == left(expected)
 
 
-@pytest.mark.parametrize("verb", POINTS)
+@pytest.mark.parametrize("verb", ["finetune", "extract", *some_more("authenticate", "protect", "pretrain")])
 def test_a_full_disk_is_one_error_and_the_same_command_goes_on(verb, line, whole, tmp_path):
     expected, _ = whole(verb)
     folder = tmp_path / "cut"

@@ -34,7 +34,7 @@ def ended(children):
     return [child.returncode for child in children], "\n".join(outputs)
 
 
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_signal_to_one_of_two_processes_stops_both_and_a_rerun_ends_like_one_device(
     told, tiny_folder, pictures, tmp_path
 ):

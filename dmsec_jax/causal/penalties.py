@@ -12,6 +12,7 @@ Each class means: and acyclic, whose penalty comes beside. Powers are kept as E 
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ Coefficients = Float[AnyArray, "V V"]
 def squarings(directed: Coefficients) -> Float[Array, ""]:
     """Acyclicity by ceil(log2 V) squarings; zero exactly without cycles, and finite everywhere."""
     size = directed.shape[0]
-    return jnp.trace(_power(jnp.square(directed) / size, _doublings(size)))
+    return _closed_walks(jnp.square(directed) / size, _doublings(size))
 
 
 def log_det(directed: Coefficients, s: float = 1.0) -> Float[Array, ""]:
@@ -127,3 +128,19 @@ def _power(matrix: Float[Array, "V V"], doublings: int) -> Float[Array, "V V"]:
     for _ in range(doublings):
         matrix = 2 * matrix + matrix @ matrix
     return matrix
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _closed_walks(matrix: Float[Array, "V V"], doublings: int) -> Float[Array, ""]:
+    """tr (I + matrix)^m - V with m = 2^doublings; its slope m ((I + matrix)^(m - 1))^T costs half of what going back through `_power` does."""
+    return jnp.trace(_power(matrix, doublings))
+
+
+@_closed_walks.defjvp
+def _closed_walks_jvp(doublings, primals, tangents):
+    (power,), (tangent,) = primals, tangents
+    odd = jnp.zeros_like(power)
+    for k in range(doublings):  # (I + matrix)^(2^k) - I, and (I + matrix)^(2^k - 1) - I
+        odd = power + odd + power @ odd if k else power
+        power = 2 * power + power @ power
+    return jnp.trace(power), 2**doublings * (tangent * odd.T).sum() + 2**doublings * jnp.trace(tangent)

@@ -20,6 +20,8 @@ def temporaries(program, monkeypatch):
     return of
 
 
-@pytest.mark.parametrize(("step", "axes"), [("DreamBooth", "fsdp=4"), ("AdvDM", "data=4")])
+@pytest.mark.parametrize(
+    ("step", "axes"), [("DreamBooth", "fsdp=4"), pytest.param("AdvDM", "data=4", marks=pytest.mark.long)]
+)
 def test_blocks_that_are_computed_again_take_less_memory_than_what_they_would_keep(temporaries, step, axes):
     assert temporaries(step, "v5e-4", axes, "block") < temporaries(step, "v5e-4", axes, "none")

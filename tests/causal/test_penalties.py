@@ -1,5 +1,7 @@
 """Penalties are zero exactly on their class, and offending edges are those that keep a graph out."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import mixed_graphs
@@ -82,6 +84,16 @@ def test_acyclicity_by_hand():
     # (1 + a P / 3)^4 has the third power of the permutation P four times
     np.testing.assert_allclose(penalties.squarings(ring), 3 * 4 * (a / 3) ** 3, rtol=1e-5)
     np.testing.assert_allclose(penalties.log_det(ring), -np.log(1 - a**3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_the_slope_of_acyclicity_is_that_of_its_power(size):
+    w = np.random.default_rng(size).uniform(-0.8, 0.8, (size, size)).astype(np.float32)
+    power = lambda w: jnp.trace(penalties._power(jnp.square(w) / size, penalties._doublings(size)))
+    found, expected = (jax.value_and_grad(fn)(w) for fn in (penalties.squarings, power))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+    found, expected = (jax.hessian(fn)(w) for fn in (penalties.squarings, power))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_log_det_is_infinite_out_of_its_region_with_finite_gradients_inside():
