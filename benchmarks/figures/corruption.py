@@ -128,7 +128,7 @@ def _copying(study: Study, method: str, steps: int | None = None) -> str:
 
 def costs(rows: list[dict]) -> str:
     """Markdown: what a posterior adds to a training step; nothing where that was not measured."""
-    ratios = {"cpu_seconds_ratio": "processor time", "memory_ratio": "compiled memory"}
+    ratios = {"seconds_ratio": "time", "cpu_seconds_ratio": "processor time", "memory_ratio": "compiled memory"}
     found = {(row["case"]["shape"], row["method"], row["metric"]): row for row in rows if row["metric"] in ratios}
     cases = dict.fromkeys((shape, method) for shape, method, _ in found if method != "plain")
     lines = [["network", "posterior, generator or noise in", *ratios.values()]]
