@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except (ValueError, OSError, OverflowError, ImportError) as error:  # the last where an optional package lacks
-        return _refuse(str(error))
+        ours = isinstance(error, OSError) and error.strerror and error.filename is None  # says all but its number
+        return _refuse(error.strerror if ours else str(error))
     except KeyboardInterrupt:
         atexit.register(_leave)  # runs before what was registered earlier: JAX would wait for the work on the device
         return 130

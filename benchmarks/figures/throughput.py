@@ -106,9 +106,15 @@ def findings(lines: dict[str, Figures], machine: Figures) -> str:
         f"- As fast as the best PyTorch or faster in {reached(best, GOAL)}, {LEAD:g} times and more in {reached(best, LEAD)}.",
         f"- {PUBLIC_LEAD:g} times as fast as the structure of the public code and more in {reached(public, PUBLIC_LEAD)}.",
     ]
-    behind = [f"{name} {ratio:.2f}, bound by {bound(lines[name])}" for name, ratio in best.items() if ratio < GOAL]
-    if behind:
-        found.append(f"- Behind: {'; '.join(behind)}.")
+    short = lambda ratios, goal: "; ".join(
+        f"{name} {ratio:.2f}, bound by {bound(lines[name])}" for name, ratio in ratios.items() if ratio < goal
+    )
+    for title, ratios, goal in (
+        ("Behind", best, GOAL),
+        (f"Less than {PUBLIC_LEAD:g} times the public structure", public, PUBLIC_LEAD),
+    ):
+        if short(ratios, goal):
+            found.append(f"- {title}: {short(ratios, goal)}.")
     if machine:
         peak = lambda metric, method: machine[metric, method]["value"]
         found.append(
