@@ -107,7 +107,7 @@ def axes(verb):
 
 
 @pytest.mark.slow  # compiles everything twice
-@pytest.mark.parametrize("verb", [*cli.SHARED, *(case for case in TUNERS if case not in cli.SHARED)])
+@pytest.mark.parametrize("verb", [*cli.SHARED, "finetune lora", pytest.param("finetune norm", marks=pytest.mark.long)])
 def test_eight_devices_give_what_one_gives(verb, line, alone, tmp_path):
     expected = alone(verb)
     with pytest.MonkeyPatch.context() as patched:

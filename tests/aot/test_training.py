@@ -21,6 +21,7 @@ def test_a_posterior_over_cut_weights_is_gathered_and_summed_like_them(judged, t
     assert {"all-gather"} < talk.keys()
 
 
+@pytest.mark.long
 def test_low_rank_factors_are_summed_in_as_many_exchanges_whatever_the_devices(judged):
     counts = []
     for topology, axes in (("v5e-4", "data=4"), ("v5e-16", "data=16")):
