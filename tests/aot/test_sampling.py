@@ -21,9 +21,3 @@ def test_gradients_of_two_networks_need_no_exchange(judged):
 def test_protection_through_encoder_and_network_needs_no_exchange(judged, topology):
     talk, _ = judged("AdvDM", topology, f"data={topology.removeprefix('v5e-')}", temporaries=60)
     assert not talk
-
-
-@pytest.mark.parametrize("topology", [pytest.param("v5e-4", marks=pytest.mark.long), "v5e-16"])
-def test_starts_of_a_search_over_graphs_meet_only_in_its_result(judged, topology):
-    talk, _ = judged("SPOT search", topology, f"data={topology.removeprefix('v5e-')}", temporaries=60)
-    assert talk.keys() == {"all-gather"}
