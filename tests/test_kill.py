@@ -135,7 +135,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(verb, planned, 
     assert_finishes(line(verb, folder), folder, expected)
 
 
-@pytest.mark.parametrize("verb", ["authenticate", *some_more("finetune", "extract", "protect")])
+@pytest.mark.parametrize("verb", ["finetune", "authenticate", *some_more("extract", "protect")])
 def test_killed_work_goes_on_with_other_devices(verb, line, whole, tmp_path):
     expected, count = whole(verb)
     folder = tmp_path / "cut"
@@ -164,7 +164,7 @@ def test_a_killed_training_on_a_mesh_ends_bit_for_bit_like_one_that_was_left_alo
     assert left(folder) == left(expected)
 
 
-@pytest.mark.parametrize("verb", ["finetune", *some_more("extract", "authenticate", "protect", "pretrain")])
+@pytest.mark.parametrize("verb", ["finetune", "extract", *some_more("authenticate", "protect", "pretrain")])
 def test_a_full_disk_is_one_error_and_the_same_command_goes_on(verb, line, whole, tmp_path):
     expected, _ = whole(verb)
     folder = tmp_path / "cut"

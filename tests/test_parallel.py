@@ -1,6 +1,5 @@
 """Meshes of eight virtual devices, `pmap`, and two processes give what one device gives."""
 
-import re
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import toy
 from jax.sharding import PartitionSpec
+from meshes import COLLECTIVES, without_talk
 
 from dmsec_jax import parallel
 from dmsec_jax.core import pgd, spread, trees
@@ -21,7 +21,6 @@ from dmsec_jax.diffusion.schedule import ScheduleConfig
 from dmsec_jax.methods import advdm, cgi_dm, finextract, membership, spot
 from dmsec_jax.models import presets, unet
 
-COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 SCHEDULE = ScheduleConfig()
 KEY = jax.random.key(0)
 COUNT, SHAPE = 16, (4, 4, 2)
@@ -98,14 +97,7 @@ def assert_same(found, expected):
 
 @each_run
 def test_a_mesh_gives_what_one_device_gives_and_its_devices_do_not_talk(run, alone):
-    mesh = parallel.make_mesh("data=4,fsdp=2")
-    known, index = parallel.shard_rows((KNOWN, INDEX), mesh)
-    params = parallel.replicate(PARAMS, mesh)
-    compiled = jax.jit(run).lower(KEY, params, known, index).compile()
-    assert not COLLECTIVES.findall(compiled.as_text())
-    found = compiled(KEY, params, known, index)
-    assert all(leaf.sharding.shard_shape(leaf.shape)[0] == 2 for leaf in jax.tree.leaves(found))
-    assert_same(parallel.to_host(found), alone[run])
+    assert_same(without_talk(run, KEY, PARAMS, KNOWN, INDEX), alone[run])
 
 
 @each_run

@@ -1,12 +1,12 @@
 """Steps through real networks, encoder and UNet: on eight virtual devices and under `pmap` they give what one device gives."""
 
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import without_talk
 
 from dmsec_jax import parallel, pipeline
 from dmsec_jax.core import pgd
@@ -17,7 +17,6 @@ from dmsec_jax.models import presets, unet, vae
 
 pytestmark = pytest.mark.slow  # compiles every step three times
 
-COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 SCHEDULE = ScheduleConfig()
 KEY = jax.random.key(0)
 PRESET = presets.TINY
@@ -75,14 +74,6 @@ def test_steps_through_networks_on_a_mesh_and_under_pmap_are_those_on_one_device
     delta, _ = alone
     assert np.abs(delta).max() > 0.01
 
-    mesh = parallel.make_mesh("data=4,fsdp=2")
-    spread_rows, index = parallel.shard_rows((rows, INDEX), mesh)
-    everywhere = parallel.replicate(params, mesh)
-    compiled = jax.jit(run).lower(KEY, everywhere, spread_rows, index).compile()
-    assert not COLLECTIVES.findall(compiled.as_text())
-    found = compiled(KEY, everywhere, spread_rows, index)
-    assert all(leaf.sharding.shard_shape(leaf.shape)[0] == 1 for leaf in jax.tree.leaves(found))
-    assert_same(parallel.to_host(found), alone)
-
+    assert_same(without_talk(run, KEY, params, rows, INDEX), alone)
     twin = parallel.pmapped(run, (None, None, 0, 0))(KEY, params, rows, INDEX)
     assert_same(parallel.joined(twin), alone)

@@ -13,16 +13,12 @@ from matplotlib.figure import Figure
 from benchmarks.figures import common
 from benchmarks.harness import RESULTS
 from benchmarks.throughput import limits
+from benchmarks.throughput.cases import OURS, PUBLIC, SHARED_CONV, SHARED_ROWS
+from benchmarks.throughput.measuring import BEST, OURS_BEST
 
 FOLDER, GROWTH = RESULTS / "throughput", RESULTS / "growth"
 THREADS = 2
-BEST, PUBLIC = "torch-best", "public-structure"
-OURS_BEST = "ours-best"
-WAYS = {
-    "ours": "one device",
-    "ours-shared-convolutions": "shared convolutions",
-    "ours-shared-rows": "a device of each core",
-}
+WAYS = {OURS: "one device", SHARED_CONV: "shared convolutions", SHARED_ROWS: "a device of each core"}
 """Of using the cores: `benchmarks.throughput.cases`."""
 GOAL, LEAD, PUBLIC_LEAD = 1.0, 1.3, 3.0
 """Ratios to reach: in every row and in half of them against the best PyTorch, and in every method against the public structure."""

@@ -36,7 +36,7 @@ def guided(probability: PyTree, mode: Mode) -> optax.GradientTransformationExtra
     Args:
         probability: a tree like the parameters. An entry may have fewer axes than its parameter: the trailing ones are then an edge's group.
     """
-    if mode == "off":  # nothing to draw: the numbers took a quarter of a step
+    if mode == "off":  # draws nothing
         return optax.with_extra_args_support(optax.identity())
 
     def update(updates, state, params, *, key: Key, iteration, **_):
