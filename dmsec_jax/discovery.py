@@ -177,7 +177,8 @@ def _advanced(keys, state, covariance, num_rows, guide, cfg, acyclic_fn, class_f
         options = {"acyclic_fn": acyclic_fn, "class_fn": class_fn}
         return spot.step(own, state, covariance, num_rows, guide, cfg, **options)
 
-    return spread.whole(jax.vmap(one)(*spread.even((keys, state))))
+    # left to the compiler, every device of a TPU would invert the matrices of all starts
+    return spread.whole(spread.apart(jax.vmap(one), keys, state))
 
 
 @functools.partial(jax.jit, static_argnames="offending_fn")

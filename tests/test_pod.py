@@ -85,6 +85,27 @@ def test_collectives_are_counted_with_the_bytes_of_a_ring():
     assert found["send"]["bytes"] == 64 + 4  # with its context
 
 
+LOOPS = """
+%body.1 (arg.1: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %ag = f32[8,16]{1,0} all-gather(%b), replica_groups={{0,1}}, dimensions={0}
+}
+
+%fused (arg.2: f32[8]) -> f32[8] {
+  %cp = f32[8]{0} collective-permute(%arg.2), source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (arg.3: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[8,16]{1,0}) while(%init), condition=%cond.1, body=%body.1
+  %ar = f32[8]{0} all-reduce(%c), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+
+
+def test_what_a_loop_exchanges_is_told_from_what_is_exchanged_once():
+    assert compiled.collectives(LOOPS).keys() == {"all-gather", "all-reduce", "collective-permute"}
+    assert compiled.in_loops(LOOPS) == {"all-gather"}
+
+
 def test_what_goes_to_another_slice_takes_the_network():
     found = {"send": {"count": 1, "bytes": 3e9}, "all-reduce": {"count": 1, "bytes": 4e9}}
     program = Program(None, (), (), None, 2, counts.Count(1.0).forward(), frozenset())

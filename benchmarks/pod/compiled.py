@@ -25,6 +25,7 @@ GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<members>[\d,]+)\}|mesh\[(?P<mesh>[^\]]*)\][^{]*\{(?P<axes>[^}]*)\})"
 )
 TOO_LARGE = re.compile(r"(?:Used|required[^(]*\()\s*([\d.]+)([KMGT])")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 LOOP_BODY = re.compile(r"body=%?([\w.\-]+)")
 
 
@@ -117,6 +118,17 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
             found[kind]["count"] += 1
             found[kind]["bytes"] += size * _factor(kind, rest, asynchronous=f"{kind}-start(" in line)
     return dict(found)
+
+
+def in_loops(text: str) -> set[str]:
+    """Kinds of the collectives that a loop's body holds, which are run once per iteration."""
+    bodies, found, inside = set(LOOP_BODY.findall(text)), set(), False
+    for line in text.splitlines():
+        if match := COMPUTATION.match(line):
+            inside = match[1] in bodies
+        elif inside and (match := COLLECTIVE.search(line)):
+            found.add(match[2])
+    return found
 
 
 def _factor(kind: str, rest: str, asynchronous: bool) -> float:

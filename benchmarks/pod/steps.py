@@ -231,7 +231,8 @@ def searching(setting: Setting, mesh: Mesh) -> Program:
     )
     num_rows = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     args = (shapes(keys, rows), shapes(jax.eval_shape(begin, keys), rows), matrix, num_rows, guide)
-    return Program(run, args, (), None, 1, None, frozenset({"all-gather"}))
+    # what is found is gathered for the host: graphs as such, single numbers of each start by a sum
+    return Program(run, args, (), None, 1, None, frozenset({"all-gather", "all-reduce"}))
 
 
 def learning(setting: Setting, mesh: Mesh) -> Program:

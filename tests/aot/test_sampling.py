@@ -1,4 +1,4 @@
-"""Steps whose rows never meet, compiled for TPUs: devices say nothing to each other, however many there are."""
+"""Steps whose rows never meet, compiled for TPUs: devices say nothing to each other while they work, however many there are."""
 
 import pytest
 
@@ -21,3 +21,11 @@ def test_gradients_of_two_networks_need_no_exchange(judged):
 def test_protection_through_encoder_and_network_needs_no_exchange(judged, topology):
     talk, _ = judged("AdvDM", topology, f"data={topology.removeprefix('v5e-')}", temporaries=60)
     assert not talk
+
+
+def test_starts_of_a_search_over_graphs_meet_only_in_its_result(program):
+    from benchmarks.pod import compiled
+
+    made, found = program("SPOT search", "v5e-16", "data=16")
+    assert compiled.collectives(found.as_text()).keys() <= made.plan
+    assert not compiled.in_loops(found.as_text())
