@@ -72,7 +72,10 @@ with launch.on(launch.Devices(mesh="fsdp=2", coordinator=where, num_processes=2,
 
 
 @pytest.mark.slow  # compiles a training twice
-@pytest.mark.parametrize("kind", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", [
+    pytest.param({}, id="full"),
+    pytest.param({"lora": {"rank": 2}}, marks=pytest.mark.long, id="lora"),
+])  # fmt: skip
 def test_a_tuned_model_stays_cut_and_is_written_whole(kind, tiny_folder, tiny_pipeline, pictures, mesh, tmp_path):
     tune = {"num_steps": 2, "batch_size": 8, "adam_epsilon": 1e-3}
     recipe, known = config.from_dict(tuning.Recipe, {"tune": tune} | kind), images.read_folder(pictures, 16).images

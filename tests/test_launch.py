@@ -106,8 +106,11 @@ def axes(verb):
     return "data=2,fsdp=2" if verb in TUNERS else "data"  # four rows a step
 
 
+LONG = [pytest.param(case, marks=pytest.mark.long) for case in ("finetune lora", "finetune norm")]
+
+
 @pytest.mark.slow  # compiles everything twice
-@pytest.mark.parametrize("verb", [*cli.SHARED, "finetune lora", pytest.param("finetune norm", marks=pytest.mark.long)])
+@pytest.mark.parametrize("verb", [*cli.SHARED, *LONG])
 def test_eight_devices_give_what_one_gives(verb, line, alone, tmp_path):
     expected = alone(verb)
     with pytest.MonkeyPatch.context() as patched:
@@ -119,7 +122,7 @@ def test_eight_devices_give_what_one_gives(verb, line, alone, tmp_path):
 
 
 @pytest.mark.slow  # processes that compile
-@pytest.mark.parametrize("verb", ["finetune", "extract", "discover", "pretrain"])
+@pytest.mark.parametrize("verb", ["finetune", "extract", "discover", pytest.param("pretrain", marks=pytest.mark.long)])
 def test_two_processes_give_what_one_gives(verb, line, alone, tmp_path):
     expected = alone(verb)
     with socket.socket() as probe:

@@ -125,7 +125,7 @@ def test_imitators_are_trained_once_and_compared(pictures, whole, options, tmp_p
     assert json.loads((tmp_path / "out" / "result.json").read_text())["details"]["likeness"] == likeness
 
 
-@pytest.mark.parametrize("surrogate", ["fsmg", "aspl"])
+@pytest.mark.parametrize("surrogate", ["fsmg", pytest.param("aspl", marks=pytest.mark.long)])
 def test_a_model_that_learns_can_be_attacked_and_the_report_says_so(pictures, whole, options, tmp_path, surrogate):
     cfg = protect.Config(images=pictures, out=tmp_path, surrogate=surrogate, surrogate_steps=2, **options)
     assert protect.run(cfg) == 0

@@ -68,7 +68,11 @@ def test_a_model_is_asked_everything_and_gives_the_same_again(evaluator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tuner", "objective"), [("full", "bayes"), ("lora", "bayes+prior"), ("oft", "prior")])
+@pytest.mark.parametrize(("tuner", "objective"), [
+    pytest.param("full", "bayes", marks=pytest.mark.long),
+    ("lora", "bayes+prior"),
+    ("oft", "prior"),
+])  # fmt: skip
 def test_a_second_model_of_a_kind_compiles_nothing(evaluator, tuner, objective):
     ask = evaluator()
     costs = [tables.row("x", {}, ask(cell(seed, tuner, objective, "purified"))) for seed in (0, 1)]
