@@ -7,7 +7,7 @@
     spot            guided by log-odds
     spot+local      local searches from the likely skeleton, oriented by likelihood, and by what `spot` found
     local           the same without gradients: a random order in place of `spot`'s
-    fci, fci-andrey, gfci    other programs (`peers`)
+    fci, fci-andrey, gfci, boss    other programs (`peers`)
 
 What does not change with the units of the variables is asked once, of scale "either".
 """

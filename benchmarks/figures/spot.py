@@ -18,6 +18,7 @@ METHODS = {
     "fci": "FCI (causal-learn)",
     "fci-andrey": "FCI (andrey)",
     "gfci": "GFCI (andrey)",
+    "boss": "BOSS (andrey)",
 }
 SEARCHES = ("unguided", "spot", "spot+local")
 """Methods whose number of starts can be chosen."""
