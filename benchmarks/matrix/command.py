@@ -37,7 +37,7 @@ class Config:
     """Which share this process begins with, where others with the same `--work` do the rest: --part $SLURM_PROCID/$SLURM_NTASKS. They are not
     joined into one JAX run: models have nothing to say to each other, and one process that dies would take the others along."""
     against: Path | None = None
-    """Table of an earlier run (.csv or .parquet): says which models differ from it in a discrete column, and fails if one does."""
+    """Table of an earlier run (.csv or .parquet): says which models differ from it in a discrete column, and fails if one does; it may have more."""
     base: Path | None = None
     """Folder of another base model than the embedded one."""
     set: tuple[str, ...] = ()
@@ -69,12 +69,14 @@ def main(cfg: Config) -> int:
         workers.work(tasks, cfg.work, make_job, part, tell)
     left = workers.missing(tasks, cfg.work)
     finished = {name: cell for name, cell in tasks.items() if name not in left}
-    changed = []
+    changed = {}
     if part[0] == 0 and finished:
         _write(cfg, chosen, finished, time.monotonic() - began)
         if cfg.against is not None:
             changed = tables.differing(table(cfg.work, finished), tables.read(cfg.against))
-            console.print(f"{len(changed)} models differ from {cfg.against.name}", *changed, markup=False)
+            console.print(f"{len(changed)} of {len(finished)} models differ from {cfg.against.name}", markup=False)
+            for name, what in changed.items():
+                console.print(f"{name}: {what}", markup=False)
     console.print(f"{len(left)} models are missing" if left else "no model is missing", highlight=False)
     return int(bool(left or changed))
 

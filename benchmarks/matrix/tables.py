@@ -79,10 +79,16 @@ def discrete(rows: Iterable[Row]) -> list[Row]:
     return [{name: value for name, value in one.items() if keep(name, value)} for one in rows]
 
 
-def differing(rows: Iterable[Row], others: Iterable[Row]) -> list[str]:
-    """Hashes of models that are in one table only, or that two tables tell apart in a discrete column."""
-    one, other = ({row["cell"]: row for row in discrete(part)} for part in (rows, others))
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+def differing(rows: Iterable[Row], others: Iterable[Row]) -> dict[str, str]:
+    """Hash of each model of `rows` that the other table has not, or tells apart in a discrete column -> what is different."""
+    theirs, found = {row["cell"]: row for row in discrete(others)}, {}
+    for mine in discrete(rows):
+        other = theirs.get(mine["cell"], {})
+        columns = sorted(name for name in mine.keys() | other.keys() if mine.get(name) != other.get(name))
+        if columns:
+            changes = (f"{name} {mine.get(name)}, was {other.get(name)}" for name in columns)
+            found[mine["cell"]] = "; ".join(changes) if other else "is not there"
+    return found
 
 
 def _kind(values: list[str]) -> type:

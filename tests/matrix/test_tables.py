@@ -40,8 +40,9 @@ def test_a_row_is_its_settings_digests_figures_and_cost():
 
 def test_tables_that_differ_in_floats_and_cost_alone_are_the_same():
     other = [ROWS[0] | {"rate": 0.3, "seconds_training": 9.0}, ROWS[1] | {"copied": 1}]
-    assert tables.differing(ROWS, other) == ["cd34"]
-    assert tables.differing(ROWS, ROWS[:1]) == ["cd34"]
+    assert tables.differing(ROWS, other) == {"cd34": "copied 0, was 1"}
+    assert tables.differing(ROWS, ROWS[:1]) == {"cd34": "is not there"}
+    assert not tables.differing(ROWS[:1], ROWS)
 
 
 def test_discrete_columns_are_text_and_integers_without_cost():
