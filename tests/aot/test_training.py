@@ -30,3 +30,8 @@ def test_low_rank_factors_are_summed_in_as_many_exchanges_whatever_the_devices(j
         counts.append({kind: part["count"] for kind, part in talk.items()})
     assert counts[0] == counts[1]
     assert counts[0].keys() <= {"all-reduce"}
+
+
+def test_data_sets_of_a_posterior_over_skeletons_meet_in_its_gradient(judged):
+    talk, _ = judged("SPOT posterior", "v5e-4", "data=4", temporaries=60)
+    assert "all-reduce" in talk
