@@ -13,9 +13,8 @@ def test_cut_weights_are_gathered_and_gradients_summed(judged, topology, axes):
     assert 1 / 4 < share < 2 / 3, "half of this network's weights and moments lie on one device in four"
 
 
-@pytest.mark.parametrize(
-    ("topology", "axes"), [("v5e-4", "fsdp=4"), pytest.param("v5e-16", "data=4,fsdp=4", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("topology", "axes"), [("v5e-4", "fsdp=4"), ("v5e-16", "data=4,fsdp=4")])
 def test_a_posterior_over_cut_weights_is_gathered_and_summed_like_them(judged, topology, axes):
     talk, _ = judged("Bayesian", topology, axes, temporaries=80)
     assert {"all-gather"} < talk.keys()

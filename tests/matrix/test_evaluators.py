@@ -71,7 +71,7 @@ def test_a_model_is_asked_everything_and_gives_the_same_again(evaluator):
 @pytest.mark.parametrize(("tuner", "objective"), [
     pytest.param("full", "bayes", marks=pytest.mark.long),
     ("lora", "bayes+prior"),
-    ("oft", "prior"),
+    pytest.param("oft", "prior", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_a_second_model_of_a_kind_compiles_nothing(evaluator, tuner, objective):
     ask = evaluator()
