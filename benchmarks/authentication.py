@@ -46,6 +46,8 @@ class Config:
     """At most; half of them set the threshold that is transferred to the other half."""
     steps: tuple[int, ...] = (10, 25, 50, 125)
     seeds: int = 5
+    first_seed: int = 0
+    """Where seeds begin: beyond those by which something was chosen."""
     settings: Settings = Settings(num_draws=32, num_steps=50)
     control: int = 0
     """Audits of pictures that were not used, each of a model of its own, with the loss difference; 0 leaves them out."""
@@ -63,7 +65,7 @@ def main(cfg: Config) -> None:
     began = time.monotonic()
     for name, tuner in itertools.product(cfg.sets, cfg.tuners):
         results = []
-        for seed in range(cfg.seeds):
+        for seed in range(cfg.first_seed, cfg.first_seed + cfg.seeds):
             training = Training(base, name, tuner, cfg.n0, seed, cfg.steps, cfg.set)
             for steps in cfg.steps:
                 results += [{**dataclasses.asdict(row), "seed": seed} for row in _rows(cfg, training, steps)]
