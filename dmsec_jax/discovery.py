@@ -86,7 +86,7 @@ class SPOT(BaseEstimator):
     def __init__(
         self,
         *,
-        restarts: int = 4,
+        restarts: int = 2,
         family: Family = "ancestral",
         transform: Literal["standardise", "normal-scores"] = "standardise",
         background: Background = Background(),  # noqa: B008 frozen

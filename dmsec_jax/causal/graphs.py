@@ -12,8 +12,6 @@ itself; every linear Gaussian model is identified), bow-free (no pair has both i
 Shpitser, Evans, Richardson, UAI 2018.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +31,15 @@ def product(a: Shaped[AnyArray, "*B I V"], b: Shaped[AnyArray, "*B V J"]) -> Boo
 
 def ancestors(directed: Edges) -> Bool[Array, "V V"]:
     """[i, j]: i is j, or there is a directed path from i to j. Cycles are allowed."""
-    size = directed.shape[0]
-    reach = (jnp.asarray(directed) != 0) | jnp.eye(size, dtype=bool)
-    doublings = max(1, math.ceil(math.log2(max(size, 2))))
-    return jax.lax.fori_loop(0, doublings, lambda _, reach: product(reach, reach), reach)
+    reach = (jnp.asarray(directed) != 0) | jnp.eye(directed.shape[0], dtype=bool)
+
+    def doubled(state):
+        reach, _ = state
+        further = product(reach, reach)
+        return further, (further != reach).any()
+
+    # paths are far shorter than the number of vertices, so that a few doublings find all
+    return jax.lax.while_loop(lambda state: state[1], doubled, (reach, jnp.bool_(True)))[0]
 
 
 def is_acyclic(directed: Edges) -> Bool[Array, ""]:

@@ -45,7 +45,7 @@ class Config:
     """Edges that cannot be, as `cause>effect`; `one|other` for neither direction nor a hidden common cause."""
     tiers: tuple[str, ...] = ()
     """Columns in order of time, each group as `a,b`: none causes one of an earlier group."""
-    restarts: int = 4
+    restarts: int = 2
     """Random starts of the search."""
     set: tuple[str, ...] = ()
     """Numbers of the search (`methods.spot.Config`), for example num_steps=20."""
