@@ -1,5 +1,6 @@
 """Every figure in the README comes from the committed results, and stays so."""
 
+import re
 import shutil
 
 import pytest
@@ -42,7 +43,8 @@ def test_a_changed_figure_is_found_and_put_right(tmp_path, monkeypatch):
     shutil.copy(common.README, copy)
     text = copy.read_text()
     row = next(line for line in text.splitlines() if line.startswith("| v5e-4 | UNet |"))
-    copy.write_text(text.replace(row, row.replace("3.39", "2.39")))
+    figure = re.search(r"\d+\.\d\d ", row)[0]
+    copy.write_text(text.replace(row, row.replace(figure, f"{float(figure) - 1:.2f} ")))
     only_pod = report.blocks(text)["pod"]
     monkeypatch.setattr(report, "blocks", lambda readme, of=report.blocks: {"pod": of(readme).get("pod", only_pod)})
     monkeypatch.setattr(common, "README", copy)
