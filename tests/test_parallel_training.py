@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import operator
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import COLLECTIVES
 
 from dmsec_jax import parallel, tuning
 from dmsec_jax.causal import sem, skeleton
@@ -22,7 +22,6 @@ from dmsec_jax.finetune.lora import lora
 from dmsec_jax.methods import bayes_dm
 from dmsec_jax.models import skeleton_net
 
-COLLECTIVES = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 SCHEDULE = ScheduleConfig()
 KEY = jax.random.key(0)
 
