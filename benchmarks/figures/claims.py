@@ -17,4 +17,4 @@ def table() -> str:
         lines.append(
             [claim.paper, claim.says, claim.measured, on, claims.counted(found), found.holds, f"`{claim.command}`"]
         )
-    return common.table(lines)
+    return common.table(lines, fold=False)

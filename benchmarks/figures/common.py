@@ -121,9 +121,19 @@ def save(figure: Figure, path: Path) -> str:
     return place.as_posix()
 
 
-def table(lines: list[list[str]]) -> str:
-    """Markdown; the first line is the header."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+FOLDED = 12
+"""A table of more lines opens at a click: what it says stands in the sentences and plots before it."""
+
+
+def table(lines: list[list[str]], *, fold: bool = True) -> str:
+    """Markdown, folded if it is long; the first line is the header."""
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    count = len(lines) - 1
+    return (
+        text
+        if count <= FOLDED or not fold
+        else f"<details><summary>Table, {count} lines</summary>\n\n{text}\n\n</details>"
+    )
 
 
 def number(row: dict | None, *, brief: bool = False, signed: bool = False) -> str:

@@ -32,3 +32,23 @@ def test_rows_are_chosen_by_pattern_and_can_be_named_again():
     assert {"unet-forward/sd15/1", "unet-forward/sd15/2"} <= set(rows.chosen(("*/sd15/*",), (1,)))
     for name in np.random.default_rng(0).permutation(names)[:5]:
         assert list(rows.chosen((name,), (1, 8))) == [name]
+
+
+@pytest.mark.slow
+def test_compiled_baselines_have_the_gradient_of_doubling():
+    """With the module's own `interpolate` Inductor 2.13 gives zero here."""
+    import torch
+    from diffusers.models.unets.unet_2d_blocks import UpBlock2D
+
+    from benchmarks.torch_baselines import networks
+
+    torch.manual_seed(0)
+    block = networks.compilable(UpBlock2D(384, 384, 384, 512, num_layers=1, resnet_groups=32)).requires_grad_(False)
+    x, skipped, time = torch.randn(1, 384, 8, 8), torch.randn(1, 384, 8, 8), torch.randn(1, 512)
+    cotangent = torch.randn(1, 384, 16, 16)
+
+    def gradient(run):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(run(leaf, (skipped,), time), leaf, cotangent)[0].numpy()
+
+    np.testing.assert_allclose(gradient(torch.compile(block, dynamic=False)), gradient(block), rtol=1e-3, atol=1e-3)
