@@ -48,7 +48,7 @@ class Config:
     seeds: int = 5
     first_seed: int = 0
     """Where seeds begin: beyond those by which something was chosen."""
-    settings: Settings = Settings(num_draws=32, num_steps=50)
+    settings: Settings = Settings(num_draws=32, num_steps=100)
     control: int = 0
     """Audits of pictures that were not used, each of a model of its own, with the loss difference; 0 leaves them out."""
     control_steps: int = 50

@@ -71,8 +71,8 @@ def findings(studies: list[Study]) -> str:
         values, moved = [row["value"] for row in thirds], [row for row in thirds if row["low"] < row["high"]]
         below, above = sum(row["high"] < 0 for row in moved), sum(row["low"] > 0 for row in moved)
         parts.append(
-            f"- CGI-DM at a third of the evaluations of the public code or less, over the public code at all of them: {min(values):+.2f} to "
-            f"{max(values):+.2f} in AUC; of {len(moved)} intervals {below} lie below zero and {above} above."
+            f"- CGI-DM at a third of the evaluations of the public code or less, over the public code at all of them: {np.mean(values):+.2f} in AUC "
+            f"on average, {min(values):+.2f} to {max(values):+.2f}; of {len(moved)} intervals {below} lie below zero and {above} above."
         )
     rows = {row["metric"]: row for row in common.newest(FOLDER.name)}
     if "false_positive_rate" in rows:

@@ -100,11 +100,10 @@ class Material:
 
     @property
     def membership(self) -> authentication.Settings:
-        """One draw per step of CGI-DM, which serves better than several at the same cost; batches that all set sizes share."""
+        """Batches that all set sizes share."""
         effort = self.effort
-        return authentication.Settings(
-            num_draws=effort.draws, num_steps=effort.cgi_steps, cgi_draws=1, batch_size=min(5, len(self.asked))
-        )
+        batch_size = min(5, len(self.asked))
+        return authentication.Settings(num_draws=effort.draws, num_steps=effort.cgi_steps, batch_size=batch_size)
 
     def drawn(self, subject: Subject, method: str) -> np.ndarray:
         """What an extraction method draws from a model [K, H, W, 3].

@@ -64,7 +64,7 @@ class Config:
     """Of the extraction."""
     compared: int = 20
     """How many hold-outs the authentication compares with, at most; 0 leaves it out."""
-    membership: authenticate.Settings = authenticate.Settings(cgi_draws=1)
+    membership: authenticate.Settings = authenticate.Settings()
     """Settings of the authentication."""
     protected: int = 6
     """How many of the pictures are protected, at most; 0 leaves it out."""
