@@ -82,6 +82,8 @@ def _conv_fwd(x, kernel, stride, padding):
     return _fast_conv(x, kernel, stride, padding), (x, kernel)
 
 
+MANY = 64
+"""Channels from which the kernel gradient reads the activations once, transposed, and shifts the output gradient instead (benchmarks/LOG.md)."""
 CACHE_FLOATS = 2**17
 LARGE_MAP = 2**15
 """The kernel gradient of large maps (floats per image) goes over chunks of images whose activations stay in a core's cache."""
@@ -89,6 +91,12 @@ LARGE_MAP = 2**15
 
 def _kernel_grad_taps(x, kernel, g, *, stride, padding):
     """dW[i, j] = x[shifted by (i, j)]^T g: one matrix product per kernel tap, over chunks of images that fit the cache."""
+    if (
+        stride == 1
+        and min(x.shape[3], g.shape[3]) >= MANY
+        and all(max(p) < k for p, k in zip(padding, kernel.shape[:2], strict=True))
+    ):
+        return _shifted(x, g, size=kernel.shape[:2], padding=padding).astype(kernel.dtype)
     batch, per_image = x.shape[0], x.shape[1] * x.shape[2] * max(x.shape[3], g.shape[3])
     chunk = max((m for m in range(1, batch + 1) if batch % m == 0 and m * per_image <= CACHE_FLOATS), default=1)
     taps = partial(_taps, size=kernel.shape[:2], stride=stride, padding=padding)
@@ -110,6 +118,17 @@ def _taps(x, g, *, size, stride, padding):
         for j in range(kw):
             window = padded[:, i : i + stride * (h - 1) + 1 : stride, j : j + stride * (w - 1) + 1 : stride]
             taps.append(jnp.dot(window.reshape(-1, c).T, flat, preferred_element_type=jnp.float32))
+    return jnp.stack(taps).reshape(kh, kw, c, d)
+
+
+def _shifted(x, g, *, size, padding):
+    """dW[i, j] = x^T g[shifted by (-i, -j)], stride 1: x is transposed once for all products, which XLA would do in each without the barrier."""
+    (kh, kw), (_, h, w, c), d = size, x.shape, g.shape[-1]
+    around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(size, padding, strict=True)]
+    padded = jnp.pad(g, ((0, 0), *around, (0, 0)))
+    flat = jax.lax.optimization_barrier(x.reshape(-1, c).T)
+    window = lambda i, j: padded[:, kh - 1 - i : kh - 1 - i + h, kw - 1 - j : kw - 1 - j + w].reshape(-1, d)
+    taps = [jnp.dot(flat, window(i, j), preferred_element_type=jnp.float32) for i in range(kh) for j in range(kw)]
     return jnp.stack(taps).reshape(kh, kw, c, d)
 
 

@@ -26,13 +26,17 @@ CASES = [  # kernel size, stride, padding, height and width
     (3, 3, SAME, (7, 8)),
     (5, 1, ((2, 2), (2, 2)), (6, 5)),
     (3, 1, ((0, 0), (0, 0)), (5, 6)),
+    (3, 1, ((2, 0), (1, 2)), (5, 6)),
+    (3, 1, ((3, 1), (1, 1)), (5, 6)),
 ]
+WAYS = {"whole batch": (2**17, 64), "chunked": (300, 64), "shifted": (2**17, 1)}
 
 
-@pytest.mark.parametrize("cache_floats", [2**17, 300], ids=["whole batch", "chunked"])
+@pytest.mark.parametrize(("cache_floats", "many"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(("size", "stride", "padding", "side"), CASES)
-def test_convolution_and_both_gradients_equal_lax(monkeypatch, size, stride, padding, side, cache_floats):
+def test_convolution_and_both_gradients_equal_lax(monkeypatch, size, stride, padding, side, cache_floats, many):
     monkeypatch.setattr(layers, "CACHE_FLOATS", cache_floats)
+    monkeypatch.setattr(layers, "MANY", many)
     monkeypatch.setattr(layers, "LARGE_MAP", 0)
     x, kernel = draw(4, *side, 3), draw(size, size, 3, 2, seed=1)
     ours, our_vjp = jax.vjp(lambda x, k: layers.conv(x, k, stride, padding), x, kernel)
@@ -41,6 +45,18 @@ def test_convolution_and_both_gradients_equal_lax(monkeypatch, size, stride, pad
     cotangent = draw(*ours.shape, seed=2)
     for a, b in zip(our_vjp(cotangent), their_vjp(cotangent), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_the_gradient_of_many_channels_shifts_the_cotangent(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        layers, "_shifted", lambda x, g, *, size, padding: called.append(size) or jnp.zeros((*size, 64, 64))
+    )
+    grad = jax.grad(lambda k, stride: layers.conv(draw(1, 4, 4, 64), k, stride, SAME).sum())
+    grad(draw(3, 3, 64, 64), 2)
+    assert called == []
+    grad(draw(3, 3, 64, 64), 1)
+    assert set(called) == {(3, 3)}
 
 
 @pytest.mark.parametrize(("inside", "outside", "count"), [(3, 3, 8), (3, 16, 4), (16, 16, 2), (16, 32, 1)])
