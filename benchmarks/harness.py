@@ -34,11 +34,24 @@ def revision() -> str:
         return "unknown"
 
 
-def write(bench: str, rows: list[Row], config: dict, seconds: dict[str, float], notes: list[str]) -> Path:
-    """Writes one result file and prints its path and, last, one JSON line."""
+def write(
+    bench: str,
+    rows: list[Row],
+    config: dict,
+    seconds: dict[str, float],
+    notes: list[str],
+    *,
+    path: Path | None = None,
+    done: bool = True,
+) -> Path:
+    """Writes one result file and, if the benchmark is done, prints its path and, last, one JSON line.
+
+    Args:
+        path: of an earlier call, whose file is replaced: a benchmark that is killed leaves the rows until then.
+    """
     now = datetime.datetime.now(datetime.UTC)
     kind = jax.devices()[0].platform
-    path = RESULTS / bench / kind / f"{now:%Y%m%d-%H%M%S}_{revision()}.json"
+    path = path or RESULTS / bench / kind / f"{now:%Y%m%d-%H%M%S}_{revision()}.json"
     content = {
         "schema": "dmsec-bench",
         "version": 1,
@@ -54,8 +67,9 @@ def write(bench: str, rows: list[Row], config: dict, seconds: dict[str, float], 
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-    print(f"\nresults: {path.relative_to(Path(__file__).parents[1])}")
-    print(json.dumps({"bench": bench, "rows": len(rows), "file": str(path.name), "seconds": sum(seconds.values())}))
+    if done:
+        print(f"\nresults: {path.relative_to(Path(__file__).parents[1])}")
+        print(json.dumps({"bench": bench, "rows": len(rows), "file": str(path.name), "seconds": sum(seconds.values())}))
     return path
 
 

@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -57,7 +58,19 @@ def main(cfg: Config) -> int:
     torch_networks.use_threads(threads)
     jax.config.update("jax_num_cpu_devices", threads)  # one is used, or all: `cases.variants`
     peaks = limits.measured()
-    found, failed, lines = measuring.of_machine(peaks, threads), [], []
+    found, failed, lines, path = measuring.of_machine(peaks, threads), [], [], None
+    notes = [
+        f"{threads} threads on both sides; on the {cfg.clock} clock matrix products reach {peaks.ours[cfg.clock]:.0f} GFLOP/s here and"
+        f" {peaks.torch[cfg.clock]:.0f} in PyTorch, memory {peaks.memory[cfg.clock]:.0f} GB/s",
+        "ratios are medians over rounds of baseline over the fastest of our ways of using the cores in the same round, with bootstrap intervals",
+        "our ways: one device as XLA compiles it; one with convolutions by Eigen in place of YNNPACK; a device of each core, which share the batch",
+        *cfg.notes,
+    ]
+
+    def write(path: Path | None, *, done: bool) -> Path:
+        seconds, told = {"all": time.monotonic() - began}, [*notes, *(f"failed: {line}" for line in failed)]
+        return harness.write("throughput", found, config.to_dict(cfg), seconds, told, path=path, done=done)
+
     for name, build in chosen.items():
         try:
             with CONSOLE.status(name):
@@ -68,19 +81,12 @@ def main(cfg: Config) -> int:
             continue
         found, lines = found + part, [*lines, line]
         CONSOLE.print("  ".join(line), highlight=False)
+        path = write(path, done=False)  # a row that needs more memory than there is takes the process with it
         gc.collect()
     print(harness.table(measuring.HEAD, lines))
-    notes = [
-        f"{threads} threads on both sides; on the {cfg.clock} clock matrix products reach {peaks.ours[cfg.clock]:.0f} GFLOP/s here and"
-        f" {peaks.torch[cfg.clock]:.0f} in PyTorch, memory {peaks.memory[cfg.clock]:.0f} GB/s",
-        "ratios are medians over rounds of baseline over the fastest of our ways of using the cores in the same round, with bootstrap intervals",
-        "our ways: one device as XLA compiles it; one with convolutions by Eigen in place of YNNPACK; a device of each core, which share the batch",
-        *cfg.notes,
-        *(f"failed: {line}" for line in failed),
-    ]
     again = f"a row again: python -m benchmarks.throughput --threads {threads} --rows ROW"
     print("\n".join([*notes[:1], again, *failed]))
-    harness.write("throughput", found, config.to_dict(cfg), {"all": time.monotonic() - began}, notes)
+    write(path, done=True)
     return 1 if failed else 0
 
 
