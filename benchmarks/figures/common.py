@@ -129,11 +129,9 @@ def table(lines: list[list[str]], *, fold: bool = True) -> str:
     """Markdown, folded if it is long; the first line is the header."""
     text = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
     count = len(lines) - 1
-    return (
-        text
-        if count <= FOLDED or not fold
-        else f"<details><summary>Table, {count} lines</summary>\n\n{text}\n\n</details>"
-    )
+    if not fold or count <= FOLDED:
+        return text
+    return f"<details><summary>Table, {count} lines</summary>\n\n{text}\n\n</details>"
 
 
 def number(row: dict | None, *, brief: bool = False, signed: bool = False) -> str:
