@@ -24,6 +24,8 @@ SMALL = Settings(
     gradient_timesteps=(100, 200),
 )
 KEY = jax.random.key(0)
+OF_ONE_KIND = ("secmi", "pia", "pfami", "gradient-norm", "loss-difference")
+"""One test of each way to compute a score; the others share it with one of these."""
 
 
 def noise(count, seed=0):
@@ -78,7 +80,9 @@ def test_one_call_for_all_is_a_call_for_each(subject, losses):
 
 
 @pytest.mark.slow  # compiles every test twice
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in RECOVERING])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in OF_ONE_KIND else pytest.mark.long) for name in METHODS if name not in RECOVERING
+])  # fmt: skip
 def test_batches_and_chunks_change_nothing(subject, name):
     at = lambda images, **changes: authentication.statistics(
         KEY, subject, images, [name], dataclasses.replace(SMALL, **changes)
@@ -134,7 +138,7 @@ def test_recovery_does_not_depend_on_the_batch(subject):
 
 
 @pytest.mark.slow  # the command's tests run the same, compiled once
-@pytest.mark.parametrize("mask", ["blocks", "half", "blur"])
+@pytest.mark.parametrize("mask", ["blocks", "blur", pytest.param("half", marks=pytest.mark.long)])
 def test_each_mask_keeps_what_it_says(subject, mask):
     settings = dataclasses.replace(SMALL, mask=mask, num_steps=1)
     found = authentication.recover(KEY, subject, noise(3), settings)

@@ -57,24 +57,20 @@ def test_a_key_depends_on_all_that_decides_the_result(evaluator, pictures):
 
 
 @pytest.mark.slow
-def test_a_model_is_asked_everything_and_gives_the_same_again(evaluator):
-    found = tables.row("x", {}, evaluator()(cell()))
+@pytest.mark.parametrize(("tuner", "objective"), [
+    ("lora", "bayes+prior"),
+    pytest.param("full", "bayes", marks=pytest.mark.long),
+    pytest.param("lora", "plain", marks=pytest.mark.long),
+    pytest.param("oft", "prior", marks=pytest.mark.long),
+])  # fmt: skip
+def test_a_model_is_asked_everything_gives_the_same_again_and_compiles_for_all_of_its_kind(evaluator, tuner, objective):
+    ask = lambda seed, name: tables.row("x", {}, evaluator(name)(cell(seed, tuner, objective, "purified")))
+    found = ask(0, "work")
     columns = {f"AS_{name}" for name in EXTRACTIONS} | {f"AUC_{test}_early" for test in TESTS} | set(OUTCOMES)
     assert columns <= found.keys()
     assert all(np.isfinite(found[name]) for name in columns)
-    again = tables.row("x", {}, evaluator("other")(cell()))
-    assert tables.discrete([again]) == tables.discrete([found])
     assert {"stage", "copied", "extracted@cal_finextract"} <= tables.discrete([found])[0].keys()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("tuner", "objective"), [
-    pytest.param("full", "bayes", marks=pytest.mark.long),
-    ("lora", "bayes+prior"),
-    pytest.param("oft", "prior", marks=pytest.mark.long),
-])  # fmt: skip
-def test_a_second_model_of_a_kind_compiles_nothing(evaluator, tuner, objective):
-    ask = evaluator()
-    costs = [tables.row("x", {}, ask(cell(seed, tuner, objective, "purified"))) for seed in (0, 1)]
-    assert costs[0]["compilations"] > 0
-    assert costs[1]["compilations"] == 0
+    again, another = ask(0, "other"), ask(1, "other")
+    assert tables.discrete([again]) == tables.discrete([found])
+    assert found["compilations"] > 0
+    assert another["compilations"] == 0
