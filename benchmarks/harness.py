@@ -34,6 +34,20 @@ def revision() -> str:
         return "unknown"
 
 
+def processor(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Of the host, for example `AMD EPYC, family 25, model 17`: virtual machines of one name can be generations, and a factor of two, apart. Where
+    the system does not say (it is not Linux, or not x86), its architecture.
+    """
+    try:
+        lines = path.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if not {"model name", "cpu family", "model"} <= said.keys():
+        return platform.processor() or platform.machine()
+    return f"{said['model name']}, family {said['cpu family']}, model {said['model']}"
+
+
 def write(
     bench: str,
     rows: list[Row],
@@ -58,7 +72,7 @@ def write(
         "bench": bench,
         "git": revision(),
         "date": now.isoformat(timespec="seconds"),
-        "device": device() | {"processor": platform.processor() or platform.machine()},
+        "device": device() | {"processor": processor()},
         "versions": versions(),
         "config": config,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
