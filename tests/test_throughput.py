@@ -146,10 +146,11 @@ def row(metric, value, method="ours", case=CASE, **more):
     return {"metric": metric, "method": method, "value": value, "low": value, "high": value, "case": case} | more
 
 
-def written(folder, name, rows, **config):
+def written(folder, name, rows, processor=None, **config):
     path = folder / "cpu" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": CONFIG | config, "rows": rows}))
+    device = {"processor": processor or f"CPU, family 1, model {name}"}
+    path.write_text(json.dumps({"config": CONFIG | config, "device": device, "rows": rows}))
 
 
 def ratio_rows(ratio):
@@ -187,14 +188,31 @@ def test_the_newest_complete_row_is_shown_with_its_command(tmp_path, monkeypatch
     written(tmp_path, "2", ratio_rows(0.9))
     text = figures.block(figures.measured(tmp_path), [])
     assert (
-        "| unet-forward/embedded/8 | 8 ms | a device of each core | 0.90 [0.90, 0.90] | 4.00 [4.00, 4.00] | 90 | 60% | 2 | 30 | products |"
+        "| unet-forward/embedded/8 | 8 ms | a device of each core | 0.90 [0.90, 0.90] | 4.00 [4.00, 4.00] | 90 | 60% of 150 | 2 | 30 | products |"
         in text
     )
     assert "`python -m benchmarks.throughput --rows unet-forward/embedded/8`" in text
     assert "faster in 0 of 1 rows" in text
     assert "Behind: unet-forward/embedded/8 0.90, bound by products." in text
-    assert "reach 150 GFLOP/s here and 100 in PyTorch, memory 20 GB/s" in text
+    assert (
+        "1 rows on CPU, family 1, model 2: matrix products reach 150 GFLOP/s here and 100 in PyTorch, memory 20 GB/s"
+        in text
+    )
+    assert "model 1" not in text, "none of its rows is shown"
     assert (tmp_path / "benchmarks/results/throughput/ratios.svg").is_file()
+
+
+def test_rows_of_several_machines_each_have_their_own_limits(tmp_path, monkeypatch):
+    monkeypatch.setitem(common._places, "root", tmp_path)
+    written(tmp_path, "1", ratio_rows(1.5))
+    for name, peak, batch in (("2", 300.0, 1), ("3", 310.0, 32)):
+        machine, rest = ratio_rows(1.2)[:3], ratio_rows(1.2)[3:]
+        rest = [part | {"case": part["case"] | {"batch": batch}} for part in rest]
+        written(tmp_path, name, [machine[0] | {"value": peak}, *machine[1:], *rest], "x86_64")
+    text = figures.block(figures.measured(tmp_path), [])
+    assert all(f"60% of {peak} " in text for peak in (150, 300, 310))
+    assert "1 rows on CPU, family 1, model 1: matrix products reach 150 GFLOP/s" in text
+    assert "2 rows on x86_64 of a kind that is not on record: matrix products reach 300 to 310 GFLOP/s" in text
 
 
 def test_growth_is_shown_with_its_exponents(tmp_path, monkeypatch):

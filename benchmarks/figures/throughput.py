@@ -1,7 +1,7 @@
 """Every method beside PyTorch on the same weights: ratios, rates, what binds each row, how our side grows, and what compiling takes.
 
 A file counts if it is complete: every baseline took part at full length, both sides had two threads, and the wall clock judged. Of each row the
-newest such file speaks. Results of growth count if they are of two threads.
+newest such file speaks, with the limits of its own machine: rows may be of several. Results of growth count if they are of two threads.
 """
 
 import itertools
@@ -30,7 +30,7 @@ HEAD = [
     "ratio to the best PyTorch",
     "to the public structure",
     "GFLOP/s",
-    "of peak",
+    "of the machine's peak",
     "MB a step",
     "FLOP a byte",
     "bound by",
@@ -38,7 +38,8 @@ HEAD = [
 ]
 
 Figures = dict[tuple[str, str], dict]
-"""(metric, method) -> row, on the wall clock where there is a choice."""
+"""(metric, method) -> row, on the wall clock where there is a choice; the limits of the machine among them."""
+PROCESSOR = ("processor", "")
 
 
 def main() -> None:
@@ -53,16 +54,21 @@ def complete(content: dict) -> bool:
 
 
 def measured(folder: Path) -> dict[str, Figures]:
-    """`op/shape/batch` -> figures, in the order in which they were measured; "" -> the limits of the machine."""
+    """`op/shape/batch` -> figures, in the order in which they were measured."""
     found: dict[str, Figures] = {}
     for path in sorted(folder.glob("cpu/*.json"), key=lambda path: path.name):
         content = json.loads(path.read_text())
         if not complete(content):
             continue
         ours = [row for row in content["rows"] if row["case"]["threads"] == THREADS]
-        for name, rows in itertools.groupby(ours, key=_name):
-            wall = [row for row in rows if row["case"].get("clock", "wall") == "wall"]
-            found[name] = {(row["metric"], row["method"]): row for row in wall}
+        wall = [row for row in ours if row["case"].get("clock", "wall") == "wall"]
+        machine = {PROCESSOR: {"value": content["device"]["processor"]}}
+        for name, rows in itertools.groupby(wall, key=_name):
+            figures = {(row["metric"], row["method"]): row for row in rows}
+            if name:
+                found[name] = machine | figures
+            else:
+                machine |= figures
     return found
 
 
@@ -86,14 +92,14 @@ def block(rows: dict[str, Figures], growth: list[dict]) -> str:
     parts = []
     if lines:
         plot = ratios(lines, FOLDER / "ratios.svg")
-        parts += [findings(lines, rows.get("", {})), f"![Ratios of times]({plot})", table(lines)]
+        parts += [findings(lines), f"![Ratios of times]({plot})", table(lines)]
     if growth:
         plot = over_size(growth, GROWTH / "growth.svg")
         parts += [f"![Time over size]({plot})", exponents(growth), compiling(growth)]
     return "\n\n".join(filter(None, parts)) or "Not measured yet."
 
 
-def findings(lines: dict[str, Figures], machine: Figures) -> str:
+def findings(lines: dict[str, Figures]) -> str:
     """What the rows say, as a list."""
     best = {name: figures["ratio", BEST]["value"] for name, figures in lines.items()}
     public = {name: f["ratio", PUBLIC]["value"] for name, f in lines.items() if ("ratio", PUBLIC) in f}
@@ -111,13 +117,30 @@ def findings(lines: dict[str, Figures], machine: Figures) -> str:
     ):
         if short(ratios, goal):
             found.append(f"- {title}: {short(ratios, goal)}.")
-    if machine:
-        peak = lambda metric, method: machine[metric, method]["value"]
-        found.append(
-            f"- Matrix products reach {peak('matrix_peak', 'ours'):.0f} GFLOP/s here and {peak('matrix_peak', 'torch'):.0f} in PyTorch, "
-            f"memory {peak('bandwidth', 'ours'):.0f} GB/s, on {THREADS} threads."
+    return "\n".join([*found, *machines(lines)])
+
+
+def machines(lines: dict[str, Figures]) -> list[str]:
+    """What each kind of processor reached over the runs that the rows are of."""
+    found = []
+    for processor in dict.fromkeys(figures[PROCESSOR]["value"] for figures in lines.values()):
+        rows = [figures for figures in lines.values() if figures[PROCESSOR]["value"] == processor]
+
+        def reached(metric: str, method: str, rows: list[Figures] = rows) -> str:
+            values = {f"{figures[metric, method]['value']:.0f}" for figures in rows if (metric, method) in figures}
+            return " to ".join(dict.fromkeys([min(values, key=int), max(values, key=int)])) if values else "-"
+
+        own, torch, memory = (
+            reached("matrix_peak", "ours"),
+            reached("matrix_peak", "torch"),
+            reached("bandwidth", "ours"),
         )
-    return "\n".join(found)
+        kind = processor if "," in processor else f"{processor} of a kind that is not on record"
+        found.append(
+            f"- {len(rows)} rows on {kind}: matrix products reach {own} GFLOP/s here and {torch} in PyTorch, memory {memory} GB/s, on "
+            f"{THREADS} threads."
+        )
+    return found
 
 
 def bound(figures: Figures) -> str:
@@ -135,7 +158,8 @@ def table(lines: dict[str, Figures]) -> str:
         )
         which = common.number(figures["ratio", BEST])
         public = common.number(figures.get(("ratio", PUBLIC)))
-        rates = [show("gflops", ".3g"), show("peak_share", ".0%"), show("bytes", ".3g", 1e-6), show("intensity", ".3g")]
+        peak = f"{show('peak_share', '.0%')} of {figures['matrix_peak', 'ours']['value']:.0f}"
+        rates = [show("gflops", ".3g"), peak, show("bytes", ".3g", 1e-6), show("intensity", ".3g")]
         again = f"`python -m benchmarks.throughput --rows {name}`"
         seconds = figures["seconds", OURS_BEST]["value"]
         way = next(way for own, way in WAYS.items() if figures.get(("seconds", own), {}).get("value") == seconds)
