@@ -19,6 +19,8 @@ ATTACKS = {
     ("fidelity", "samples"): "fidelity",
     ("diversity", "samples"): "diversity",
 }
+VIEWS = {"adjacent": "links", "ancestor": "directed paths", "posterior": "links that are likelier than not"}
+"""Of what a graph says of a knob and an outcome, for people: `benchmarks.matrix.causes.VIEWS`."""
 
 
 def main() -> None:
@@ -94,9 +96,16 @@ def causes(rows: list[dict]) -> str:
         lines.append([knob, *cells])
     shares = {(row["method"], row["metric"]): row["value"] for row in rows if row["metric"] in ("precision", "recall")}
     shown = "; ".join(
-        f"{name}: precision {shares[name, 'precision']:.2f}, recall {shares[name, 'recall']:.2f}"
+        f"{VIEWS[name]}: precision {shares[name, 'precision']:.2f}, recall {shares[name, 'recall']:.2f}"
         for name in dict.fromkeys(name for name, _ in shares)
     )
     count = next(iter(effects.values()))["n"]
-    text = f"Rank correlation of outcomes with knobs, which were drawn at random for {count} models; bold where p < 0.05 after Holm's correction."
-    return f"{text} `dmsec discover` on the same table ({shown}):\n\n{common.table(lines)}"
+    false = next(row["value"] for row in rows if row["metric"] == "false_links")
+    hours = next(row["value"] for row in rows if row["metric"] == "processor_time")
+    text = [
+        f"{count} LoRA models whose knobs were drawn at random, each of the others; {hours:.1f} hours of a processor core.",
+        "Rank correlation of outcomes with knobs, within sets; bold where p < 0.05 after Holm's correction: the knob has an effect.",
+        "Linked: `dmsec discover` on the same table has a link there.",
+        f"Against the effects in bold, its graph: {shown}; links between knobs, all of them false: {false:.0f}.",
+    ]
+    return f"{' '.join(text)}\n\n{common.table(lines)}"
