@@ -125,22 +125,17 @@ def machines(lines: dict[str, Figures]) -> list[str]:
     found = []
     for processor in dict.fromkeys(figures[PROCESSOR]["value"] for figures in lines.values()):
         rows = [figures for figures in lines.values() if figures[PROCESSOR]["value"] == processor]
-
-        def reached(metric: str, method: str, rows: list[Figures] = rows) -> str:
-            values = {f"{figures[metric, method]['value']:.0f}" for figures in rows if (metric, method) in figures}
-            return " to ".join(dict.fromkeys([min(values, key=int), max(values, key=int)])) if values else "-"
-
-        own, torch, memory = (
-            reached("matrix_peak", "ours"),
-            reached("matrix_peak", "torch"),
-            reached("bandwidth", "ours"),
-        )
         kind = processor if "," in processor else f"{processor} of a kind that is not on record"
         found.append(
-            f"- {len(rows)} rows on {kind}: matrix products reach {own} GFLOP/s here and {torch} in PyTorch, memory {memory} GB/s, on "
-            f"{THREADS} threads."
+            f"- {len(rows)} rows on {kind}: matrix products reach {_span(rows, 'matrix_peak', 'ours')} GFLOP/s here and "
+            f"{_span(rows, 'matrix_peak', 'torch')} in PyTorch, memory {_span(rows, 'bandwidth', 'ours')} GB/s, on {THREADS} threads."
         )
     return found
+
+
+def _span(rows: list[Figures], *figure: str) -> str:
+    values = sorted({round(figures[figure]["value"]) for figures in rows})
+    return " to ".join(map(str, dict.fromkeys([values[0], values[-1]])))
 
 
 def bound(figures: Figures) -> str:
