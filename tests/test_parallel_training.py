@@ -97,6 +97,63 @@ def test_training_on_a_mesh_or_under_pmap_is_training_on_one_device(tune, begin,
     assert_same(parallel.to_host((found, info)), alone)
 
 
+FOUR = "data=4"
+
+
+@pytest.mark.parametrize(
+    ("tune", "begin"),
+    [
+        (tune_plain, partial(dreambooth.init, cfg=CFG, adapter=full())),
+        (tune_lora, partial(dreambooth.init, cfg=CFG, adapter=LORA)),
+        (tune_bayes, partial(bayes_dm.init, cfg=BAYES, adapter=full())),
+    ],
+)
+def test_devices_that_hold_all_weights_sum_their_gradients_at_the_end_of_a_step(tune, begin):
+    state = begin(KEY, TUNED)
+    alone = jax.device_get(jax.jit(tune)(KEY, state, DATA, TUNED))
+    mesh = parallel.make_mesh(FOUR, jax.devices()[:4])
+    args = parallel.replicate((KEY, state, DATA, TUNED), mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(tune).lower(*args).compile()
+    assert COLLECTIVES.findall(compiled.as_text()) == ["all-reduce"], "of all gradients, after the last microbatch"
+    assert_same(jax.device_get(compiled(*args)), alone)
+
+
+def test_rows_that_are_drawn_at_once_are_left_to_the_compiler():
+    cfg = dataclasses.replace(BAYES, noise="activations", accumulation=1)
+    shapes = []
+
+    def noisy(params, sigma, key, z_t, t, context):
+        shapes.append(z_t.shape)
+        noise = jax.random.normal(key, z_t.shape)  # of every row its own
+        return NETWORK["eps_fn"](params, z_t, t, context) + sigma["net"]["kernel"].mean() * noise
+
+    def tune(key, state, data, params):
+        options = {"num_steps": 2, "adapter": full(), "noisy_fn": noisy}
+        return bayes_dm.advance(key, state, data, params, cfg, **options, **NETWORK)
+
+    state = bayes_dm.init(KEY, TUNED, cfg, adapter=full())
+    alone = jax.device_get(jax.jit(tune)(KEY, state, DATA, TUNED))
+    mesh = parallel.make_mesh(FOUR, jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = jax.jit(tune)(*parallel.replicate((KEY, state, DATA, TUNED), mesh))
+    assert set(shapes) == {(8, 2, 2, WIDE)}
+    assert_same(jax.device_get(found), alone)
+
+
+def test_leaves_of_any_type_and_size_are_summed_over_devices():
+    def tree(i):
+        sizes = {"brief": (3, 2), "one": (), "long": (spread.BRIEF,), "none": (0, 4)}
+        floats = {name: jnp.full(shape, i + 0.5) for name, shape in sizes.items()}
+        return floats | {"half": jnp.full(5, i, jnp.bfloat16), "count": jnp.full((2, 2), i, jnp.int32)}
+
+    found = jax.pmap(lambda i: spread.summed(tree(i), "d"), axis_name="d")(jnp.arange(8))
+    for name, leaf in tree(0).items():
+        assert found[name].shape == (8, *leaf.shape)
+        assert found[name].dtype == leaf.dtype
+        assert (found[name] == (28 if name in ("half", "count") else 32)).all()
+
+
 DRIVEN = pytest.mark.parametrize(
     ("method", "cfg", "adapter"),
     [(driver.DREAMBOOTH, CFG, full()), (driver.DREAMBOOTH, CFG, LORA), (tuning.BAYES, BAYES, full())],

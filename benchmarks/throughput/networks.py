@@ -14,6 +14,7 @@ from benchmarks.throughput.shapes import MIDDLE
 from benchmarks.torch_baselines import networks, passes
 from dmsec_jax import pipeline
 from dmsec_jax.checkpoints import configs, mapping
+from dmsec_jax.core import spread
 from dmsec_jax.functions import Functions
 from dmsec_jax.models import presets, unet
 
@@ -101,7 +102,12 @@ def unet_weight_gradient(shape: str, batch: int) -> Case:
     z_t, t, context, cotangent = net.inputs(batch)
 
     def gradient(params, z_t, t, context, cotangent):
-        return jax.vjp(lambda p: unet.apply(net.cfg, p, z_t, t, context), params)[1](cotangent)[0]
+        def on(axis_name):
+            *inputs, own = spread.own_rows((z_t, t, context, cotangent), axis_name)
+            grads = jax.vjp(lambda p: unet.apply(net.cfg, p, *inputs), params)[1](own)[0]
+            return spread.summed(grads, axis_name)
+
+        return spread.each(on, None, batch)
 
     def build(how):
         run = passes.weight_gradient(net.module(), z_t, t, context, cotangent, how=how)
@@ -117,7 +123,7 @@ def unet_weight_gradient(shape: str, batch: int) -> Case:
     args = (net.params, *map(jnp.asarray, (z_t, t, context, cotangent)))
     named = lambda out: {"weights": out}
     names = {"op": "unet-weight-gradient", "shape": shape, "batch": batch}
-    return Case(fn=gradient, args=args, rows=(1, 2, 3, 4), named=named, peers=peers, **names)
+    return Case(fn=gradient, args=args, rows=(), named=named, peers=peers, **names)
 
 
 def vae_encode_gradient(batch: int) -> Case:

@@ -12,8 +12,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dmsec_jax.core.checks import require
 
+Axis = str | tuple[str, ...] | None
+"""Of `pmap`, or those of a mesh inside `each`."""
 SMALL = 2**16
 """Weights of fewer entries lie on every device: gathering them would cost more than it saves."""
+BRIEF = 2**12
+"""Gradients of fewer entries are summed over devices in one piece: each sum costs two meetings, which take longer than copying so few."""
 
 
 def rows(tree: Any) -> Any:
@@ -121,8 +125,8 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(fetched, tree)
 
 
-def own_rows(tree: Any, axis_name: str | None) -> Any:
-    """This device's share of leaves [N, ...] under `pmap`.
+def own_rows(tree: Any, axis_name: Axis) -> Any:
+    """This device's share of leaves [N, ...] under `pmap` or `each`.
 
     Raises:
         ValueError: unless the number of devices divides N.
@@ -137,9 +141,40 @@ def own_rows(tree: Any, axis_name: str | None) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size(leaf), size(leaf)), tree)
 
 
-def mean(tree: Any, axis_name: str | None) -> Any:
-    """The mean over the devices of a `pmap`."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+def each(run: Callable[[Axis], Any], axis_name: Axis, count: int) -> Any:
+    """`run(axis_name)` on every device, which takes its `own_rows` of `count` there and ends with `summed` or `mean`, so that all have the same.
+
+    Under `pmap` with `axis_name` that happens anyway. Under a mesh whose devices hold all weights (`fsdp` of 1) and divide `count` it does so here,
+    as the compiler would sum every weight's gradient by itself. Else `run(None)`, whose `rows` the compiler shares.
+    """
+    mesh = _mesh() if axis_name is None else None
+    if mesh is None or mesh.shape.get("fsdp", 1) > 1 or count % mesh.size:
+        return run(axis_name)
+    return jax.shard_map(lambda: run(mesh.axis_names), in_specs=(), out_specs=PartitionSpec(), check_vma=False)()
+
+
+def summed(tree: Any, axis_name: Axis) -> Any:
+    """The sum over the devices of `axis_name`; brief leaves of a type travel together."""
+    if axis_name is None:
+        return tree
+    leaves, form = jax.tree.flatten(tree)
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault(leaf.dtype if leaf.size < BRIEF else i, []).append(i)
+    joined = [jnp.concatenate([leaves[i].ravel() for i in group]) for group in groups.values()]
+    for group, total in zip(groups.values(), jax.lax.psum(joined, axis_name), strict=True):
+        parts = jnp.split(total, np.cumsum([leaves[i].size for i in group])[:-1])
+        for i, part in zip(group, parts, strict=True):
+            leaves[i] = part.reshape(leaves[i].shape)
+    return form.unflatten(leaves)
+
+
+def mean(tree: Any, axis_name: Axis) -> Any:
+    """The mean over the devices of `axis_name`."""
+    if axis_name is None:
+        return tree
+    count = jax.lax.axis_size(axis_name)
+    return jax.tree.map(lambda leaf: leaf / count, summed(tree, axis_name))
 
 
 def on_any_host(flag: bool) -> bool:

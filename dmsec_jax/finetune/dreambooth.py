@@ -231,10 +231,12 @@ def gradients(
     schedule: ScheduleConfig,
     text_fn: TextFn | None = None,
     axis_name: str | None = None,
+    together: bool = False,
 ) -> tuple[Params, Info]:
     """Gradient of the loss (Eq. 2), a tree like `trainable`, averaged over `accumulation` microbatches, which changes nothing but memory.
 
     Of a batch of class pictures alone (no instance) it is the gradient of theirs, at their t and noise, with `Info.instance_loss` theirs too.
+    `together` is for an `eps_fn` that draws for all rows at once, so that devices cannot call it for their own.
 
     Raises:
         ValueError: on rows that cannot be split into equal microbatches, and on what `losses` refuses.
@@ -254,13 +256,17 @@ def gradients(
         means = per_example.reshape(len(parts), -1).mean(1)
         return means[0] + cfg.prior_weight * means[1:].sum(), means  # (Eq. 2)
 
-    def one(parts: list[tuple[Key, Examples]]):
-        own = spread.own_rows(parts, axis_name)
-        (loss, means), grads = jax.value_and_grad(objective, has_aux=True)(trainable, own)
-        return grads, loss, means
+    def on(axis_name: spread.Axis):
+        def one(parts: list[tuple[Key, Examples]]):
+            own = spread.own_rows(parts, axis_name)
+            (loss, means), grads = jax.value_and_grad(objective, has_aux=True)(trainable, own)
+            return grads, loss, means
+
+        return spread.mean(mean_over(one, micro), axis_name)
 
     micro = jax.tree.map(lambda leaf: leaf.reshape(cfg.accumulation, -1, *leaf.shape[1:]), parts)
-    grads, loss, means = spread.mean(mean_over(one, micro), axis_name)
+    # of rows that are drawn at once the compiler takes care, as of those of cut weights
+    grads, loss, means = on(None) if together else spread.each(on, axis_name, size // cfg.accumulation)
     norm = optax.tree.norm(grads)
     return grads, Info(
         loss=loss,

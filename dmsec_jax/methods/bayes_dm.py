@@ -242,9 +242,10 @@ def step(
         ValueError: on what `dreambooth.gradients` refuses, and on noise of activations without `noisy_fn`, with a text encoder, with
             accumulation, or under `pmap`: every row must draw noise of its own.
     """
-    network = {"schedule": schedule, "text_fn": text_fn, "axis_name": axis_name}
+    together = cfg.noise == "activations"
+    network = {"schedule": schedule, "text_fn": text_fn, "axis_name": axis_name, "together": together}
     trainable, prior_mean = {"mu": state.tuned.trainable, "raw": state.raw}, centre(state, params)
-    if cfg.noise == "activations":
+    if together:
         alone = noisy_fn is not None and text_fn is None and axis_name is None and cfg.accumulation == 1
         cure = 'train full weights of the UNet alone, or take noise="weights"'
         require(alone, "noise", "of weights unless rows are drawn at once by a noisy_fn", "activations", cure)
@@ -253,7 +254,7 @@ def step(
         """Gradient of mu and raw at one draw of the weights."""
         merge = lambda base, both: _drawn(own, base, both, prior_mean, cfg, adapter)
         fn = eps_fn
-        if cfg.noise == "activations":
+        if together:
             fn = lambda drawn, *inputs: noisy_fn(drawn["params"], drawn["sigma"], own, *inputs)
         noisy = Adapter(adapter.init, merge)
         return dreambooth.gradients(key, trainable, part, params, cfg, eps_fn=fn, adapter=noisy, **network)
