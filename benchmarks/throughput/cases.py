@@ -19,9 +19,9 @@ Peer = Callable[[], Callable[[], Mapping[str, Callable[[], Any]]]]
 PUBLIC, PLAIN, LAYOUT, COMPILED = "public-structure", "torch-eager", "torch-channels-last", "torch-compile"
 HOW = {PLAIN: "plain", LAYOUT: "channels-last", COMPILED: "compiled"}
 """The best that PyTorch can do is the fastest of these."""
-OURS, SHARED_CONV, SHARED_ROWS = "ours", "ours-shared-convolutions", "ours-shared-rows"
-"""One device, as XLA compiles it; convolutions by Eigen, whose work the cores share, while YNNPACK's are faster on one; a device of each core, with
-its share of the batch. The best that we can do is the fastest of these."""
+OURS, SHARED_CONV, SHARED_ROWS, SHARED_BOTH = "ours", "ours-shared-convolutions", "ours-shared-rows", "ours-shared-both"
+"""One device, as XLA compiles it; convolutions by Eigen, whose work the cores share, while YNNPACK's are faster on one core of some processors; a
+device of each core, with its share of the batch; and both. The best that we can do is the fastest of these."""
 EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 """Compiler option: YNNPACK for matrix products alone."""
 TOLERANCE = 2e-3
@@ -87,17 +87,18 @@ def variants(case: Case, threads: int) -> dict[str, Ours]:
         devices = jax.local_device_count()
         if case.rows is not None and devices > 1 and case.batch % devices == 0:
             found[SHARED_ROWS] = _shared(case, devices)
+            found[SHARED_BOTH] = _shared(case, devices, EIGEN)
     return found
 
 
-def _shared(case: Case, devices: int) -> Ours:
+def _shared(case: Case, devices: int, options: Mapping[str, str] | None = None) -> Ours:
     mesh = parallel.make_mesh(f"data={devices}")
     arrays = lambda leaf: isinstance(leaf, jax.Array)  # numbers of a config stay as they are
     put = lambda tree: jax.tree.map(lambda leaf: parallel.replicate(leaf, mesh) if arrays(leaf) else leaf, tree)
     share = lambda i, arg: parallel.shard_rows(arg, mesh) if i in case.rows else put(arg)
     shared = dataclasses.replace(case, args=tuple(share(i, arg) for i, arg in enumerate(case.args)))
     with jax.set_mesh(mesh):
-        return build(shared)
+        return build(shared, options)
 
 
 def build(case: Case, options: Mapping[str, str] | None = None) -> Ours:
