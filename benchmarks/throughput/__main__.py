@@ -63,8 +63,8 @@ def main(cfg: Config) -> int:
         f"{threads} threads on both sides; on the {cfg.clock} clock matrix products reach {peaks.ours[cfg.clock]:.0f} GFLOP/s here and"
         f" {peaks.torch[cfg.clock]:.0f} in PyTorch, memory {peaks.memory[cfg.clock]:.0f} GB/s",
         "ratios are medians over rounds of baseline over the fastest of our ways of using the cores in the same round, with bootstrap intervals",
-        "our ways: one device as XLA compiles it, or with convolutions by Eigen in place of YNNPACK; a device of each core, which share the batch,"
-        " in both forms",
+        "our ways: one device as XLA compiles it, with Eigen in place of YNNPACK for convolutions, or for all; a device of each core, which share the"
+        " batch, in the first and the last form",
         *cfg.notes,
     ]
 

@@ -19,11 +19,17 @@ Peer = Callable[[], Callable[[], Mapping[str, Callable[[], Any]]]]
 PUBLIC, PLAIN, LAYOUT, COMPILED = "public-structure", "torch-eager", "torch-channels-last", "torch-compile"
 HOW = {PLAIN: "plain", LAYOUT: "channels-last", COMPILED: "compiled"}
 """The best that PyTorch can do is the fastest of these."""
-OURS, SHARED_CONV, SHARED_ROWS, SHARED_BOTH = "ours", "ours-shared-convolutions", "ours-shared-rows", "ours-shared-both"
-"""One device, as XLA compiles it; convolutions by Eigen, whose work the cores share, while YNNPACK's are faster on one core of some processors; a
-device of each core, with its share of the batch; and both. The best that we can do is the fastest of these."""
-EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
-"""Compiler option: YNNPACK for matrix products alone."""
+OURS, SHARED_CONV, NO_YNNPACK = "ours", "ours-shared-convolutions", "ours-no-ynnpack"
+"""One device, as XLA compiles it; with YNNPACK for matrix products alone, so that the cores share convolutions; without it."""
+SHARED_ROWS, SHARED_NO_YNNPACK = "ours-shared-rows", "ours-shared-rows-no-ynnpack"
+"""A device of each core, with its share of the batch, in the first and the last form. The best that we can do is the fastest of all."""
+_TYPES = "xla_cpu_experimental_ynn_fusion_type"
+OPTIONS = {
+    SHARED_CONV: {_TYPES: "LIBRARY_FUSION_TYPE_DOT"},
+    NO_YNNPACK: {_TYPES: ""},
+    SHARED_NO_YNNPACK: {_TYPES: ""},
+}
+"""Of XLA's compiler. Whether YNNPACK or Eigen, which takes what is left, is faster depends on the processor."""
 TOLERANCE = 2e-3
 
 
@@ -83,15 +89,14 @@ def variants(case: Case, threads: int) -> dict[str, Ours]:
     """All ways in which our side can use the cores; the first is on one device, as XLA compiles it."""
     found = {OURS: build(case)}
     if case.host is None and threads > 1:
-        found[SHARED_CONV] = build(case, options=EIGEN)
+        found |= {form: build(case, OPTIONS[form]) for form in (SHARED_CONV, NO_YNNPACK)}
         devices = jax.local_device_count()
         if case.rows is not None and devices > 1 and case.batch % devices == 0:
-            found[SHARED_ROWS] = _shared(case, devices)
-            found[SHARED_BOTH] = _shared(case, devices, EIGEN)
+            found |= {form: _shared(case, devices, OPTIONS.get(form)) for form in (SHARED_ROWS, SHARED_NO_YNNPACK)}
     return found
 
 
-def _shared(case: Case, devices: int, options: Mapping[str, str] | None = None) -> Ours:
+def _shared(case: Case, devices: int, options: Mapping[str, str] | None) -> Ours:
     mesh = parallel.make_mesh(f"data={devices}")
     arrays = lambda leaf: isinstance(leaf, jax.Array)  # numbers of a config stay as they are
     put = lambda tree: jax.tree.map(lambda leaf: parallel.replicate(leaf, mesh) if arrays(leaf) else leaf, tree)
