@@ -184,8 +184,8 @@ def test_results_on_other_threads_are_not_shown(tmp_path):
 
 def test_the_newest_complete_row_is_shown_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setitem(common._places, "root", tmp_path)
-    written(tmp_path, "1", ratio_rows(1.5))
-    written(tmp_path, "2", ratio_rows(0.9))
+    written(tmp_path, "1", ratio_rows(1.5), "CPU, family 1")
+    written(tmp_path, "2", ratio_rows(0.9), "CPU, family 1")
     text = figures.block(figures.measured(tmp_path), [])
     assert (
         "| unet-forward/embedded/8 | 8 ms | a device of each core | 0.90 [0.90, 0.90] | 4.00 [4.00, 4.00] | 90 | 60% of 150 | 2 | 30 | products |"
@@ -195,24 +195,29 @@ def test_the_newest_complete_row_is_shown_with_its_command(tmp_path, monkeypatch
     assert "faster in 0 of 1 rows" in text
     assert "Behind: unet-forward/embedded/8 0.90, bound by products." in text
     assert (
-        "1 rows on CPU, family 1, model 2: matrix products reach 150 GFLOP/s here and 100 in PyTorch, memory 20 GB/s"
+        "1 rows on CPU, family 1, 2 threads: matrix products reach 150 GFLOP/s here and 100 in PyTorch, memory 20 GB/s"
         in text
     )
-    assert "model 1" not in text, "none of its rows is shown"
+    assert "1.50" not in text, "measured anew since"
     assert (tmp_path / "benchmarks/results/throughput/ratios.svg").is_file()
 
 
-def test_rows_of_several_machines_each_have_their_own_limits(tmp_path, monkeypatch):
+def test_kinds_of_processors_have_rows_of_their_own_and_runs_their_own_limits(tmp_path, monkeypatch):
     monkeypatch.setitem(common._places, "root", tmp_path)
-    written(tmp_path, "1", ratio_rows(1.5))
-    for name, peak, batch in (("2", 300.0, 1), ("3", 310.0, 32)):
-        machine, rest = ratio_rows(1.2)[:3], ratio_rows(1.2)[3:]
+    written(tmp_path, "1", ratio_rows(1.5), "x86_64")
+    for name, peak, batch in (("2", 300.0, 8), ("3", 310.0, 32)):
+        machine, rest = ratio_rows(0.9)[:3], ratio_rows(0.9)[3:]
         rest = [part | {"case": part["case"] | {"batch": batch}} for part in rest]
-        written(tmp_path, name, [machine[0] | {"value": peak}, *machine[1:], *rest], "x86_64")
+        written(tmp_path, name, [machine[0] | {"value": peak}, *machine[1:], *rest], "CPU, family 1")
     text = figures.block(figures.measured(tmp_path), [])
     assert all(f"60% of {peak} " in text for peak in (150, 300, 310))
-    assert "1 rows on CPU, family 1, model 1: matrix products reach 150 GFLOP/s" in text
-    assert "2 rows on x86_64 of a kind that is not on record: matrix products reach 300 to 310 GFLOP/s" in text
+    newer, older = text.index("2 rows on CPU, family 1, 2"), text.index("1 rows on x86_64 of a kind that is not on")
+    for part, *said in (
+        (text[newer:older], "matrix products reach 300 to 310 GFLOP/s here", "in 0 of 2 rows"),
+        (text[older:], "matrix products reach 150 GFLOP/s here", "in 1 of 1 rows"),
+        (text, "| 0.90 [0.90, 0.90]", "| 1.50 [1.50, 1.50]"),
+    ):
+        assert all(words in part for words in said)
 
 
 def test_growth_is_shown_with_its_exponents(tmp_path, monkeypatch):

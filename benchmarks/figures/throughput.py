@@ -1,7 +1,8 @@
 """Every method beside PyTorch on the same weights: ratios, rates, what binds each row, how our side grows, and what compiling takes.
 
-A file counts if it is complete: every baseline took part at full length, both sides had two threads, and the wall clock judged. Of each row the
-newest such file speaks, with the limits of its own machine: rows may be of several. Results of growth count if they are of two threads.
+A file counts if it is complete: every baseline took part at full length, both sides had two threads, and the wall clock judged. Each kind of
+processor has rows of its own, since PyTorch is not equally good on all; of each row the newest file speaks, with the limits of its own run. Results
+of growth count if they are of two threads.
 """
 
 import itertools
@@ -13,12 +14,18 @@ from matplotlib.figure import Figure
 from benchmarks.figures import common
 from benchmarks.harness import RESULTS
 from benchmarks.throughput import limits
-from benchmarks.throughput.cases import OURS, PUBLIC, SHARED_CONV, SHARED_ROWS
+from benchmarks.throughput.cases import NO_YNNPACK, OURS, PUBLIC, SHARED_CONV, SHARED_NO_YNNPACK, SHARED_ROWS
 from benchmarks.throughput.measuring import BEST, OURS_BEST
 
 FOLDER, GROWTH = RESULTS / "throughput", RESULTS / "growth"
 THREADS = 2
-WAYS = {OURS: "one device", SHARED_CONV: "shared convolutions", SHARED_ROWS: "a device of each core"}
+WAYS = {
+    OURS: "one device",
+    SHARED_CONV: "one, convolutions by Eigen",
+    NO_YNNPACK: "one, all by Eigen",
+    SHARED_ROWS: "a device of each core",
+    SHARED_NO_YNNPACK: "a device of each core, by Eigen",
+}
 """Of using the cores: `benchmarks.throughput.cases`."""
 GOAL, LEAD, PUBLIC_LEAD = 1.0, 1.3, 3.0
 """Ratios to reach: in every row and in half of them against the best PyTorch, and in every method against the public structure."""
@@ -39,7 +46,6 @@ HEAD = [
 
 Figures = dict[tuple[str, str], dict]
 """(metric, method) -> row, on the wall clock where there is a choice; the limits of the machine among them."""
-PROCESSOR = ("processor", "")
 
 
 def main() -> None:
@@ -53,22 +59,22 @@ def complete(content: dict) -> bool:
     return cfg["clock"] == "wall" and not cfg["peers"] and not cfg["quick"]
 
 
-def measured(folder: Path) -> dict[str, Figures]:
-    """`op/shape/batch` -> figures, in the order in which they were measured."""
-    found: dict[str, Figures] = {}
+def measured(folder: Path) -> dict[str, dict[str, Figures]]:
+    """Processor -> `op/shape/batch` -> figures, in the order in which they were measured."""
+    found: dict[str, dict[str, Figures]] = {}
     for path in sorted(folder.glob("cpu/*.json"), key=lambda path: path.name):
         content = json.loads(path.read_text())
         if not complete(content):
             continue
         ours = [row for row in content["rows"] if row["case"]["threads"] == THREADS]
         wall = [row for row in ours if row["case"].get("clock", "wall") == "wall"]
-        machine = {PROCESSOR: {"value": content["device"]["processor"]}}
+        machine: Figures = {}
         for name, rows in itertools.groupby(wall, key=_name):
             figures = {(row["metric"], row["method"]): row for row in rows}
-            if name:
-                found[name] = machine | figures
-            else:
+            if not name:
                 machine |= figures
+            elif ("ratio", BEST) in figures:
+                found.setdefault(content["device"]["processor"], {})[name] = machine | figures
     return found
 
 
@@ -86,21 +92,28 @@ def _name(row: dict) -> str:
     return "/".join(str(row["case"][part]) for part in ("op", "shape", "batch")) if "op" in row["case"] else ""
 
 
-def block(rows: dict[str, Figures], growth: list[dict]) -> str:
-    """Markdown, with the plots written."""
-    lines = {name: figures for name, figures in rows.items() if ("ratio", BEST) in figures}
+def block(kinds: dict[str, dict[str, Figures]], growth: list[dict]) -> str:
+    """Markdown, with the plots written; the processor that was measured last comes first."""
+    newest_first = dict(reversed(kinds.items()))
     parts = []
-    if lines:
-        plot = ratios(lines, FOLDER / "ratios.svg")
-        parts += [findings(lines), f"![Ratios of times]({plot})", table(lines)]
+    if kinds:
+        plot = ratios(newest_first, FOLDER / "ratios.svg")
+        parts += [findings(processor, lines) for processor, lines in newest_first.items()]
+        parts += [f"![Ratios of times]({plot})"]
+        parts += [f"On {kind(processor)}:\n\n{table(lines)}" for processor, lines in newest_first.items()]
     if growth:
         plot = over_size(growth, GROWTH / "growth.svg")
         parts += [f"![Time over size]({plot})", exponents(growth), compiling(growth)]
     return "\n\n".join(filter(None, parts)) or "Not measured yet."
 
 
-def findings(lines: dict[str, Figures]) -> str:
-    """What the rows say, as a list."""
+def kind(processor: str) -> str:
+    """A name for people; early results have the architecture alone."""
+    return processor if "," in processor else f"{processor} of a kind that is not on record"
+
+
+def findings(processor: str, lines: dict[str, Figures]) -> str:
+    """What the rows of one kind of processor say, as a list under its name and limits."""
     best = {name: figures["ratio", BEST]["value"] for name, figures in lines.items()}
     public = {name: f["ratio", PUBLIC]["value"] for name, f in lines.items() if ("ratio", PUBLIC) in f}
     reached = lambda ratios, goal: f"{sum(ratio >= goal for ratio in ratios.values())} of {len(ratios)} rows"
@@ -117,20 +130,12 @@ def findings(lines: dict[str, Figures]) -> str:
     ):
         if short(ratios, goal):
             found.append(f"- {title}: {short(ratios, goal)}.")
-    return "\n".join([*found, *machines(lines)])
-
-
-def machines(lines: dict[str, Figures]) -> list[str]:
-    """What each kind of processor reached over the runs that the rows are of."""
-    found = []
-    for processor in dict.fromkeys(figures[PROCESSOR]["value"] for figures in lines.values()):
-        rows = [figures for figures in lines.values() if figures[PROCESSOR]["value"] == processor]
-        kind = processor if "," in processor else f"{processor} of a kind that is not on record"
-        found.append(
-            f"- {len(rows)} rows on {kind}: matrix products reach {_span(rows, 'matrix_peak', 'ours')} GFLOP/s here and "
-            f"{_span(rows, 'matrix_peak', 'torch')} in PyTorch, memory {_span(rows, 'bandwidth', 'ours')} GB/s, on {THREADS} threads."
-        )
-    return found
+    rows = list(lines.values())
+    limit = (
+        f"{len(rows)} rows on {kind(processor)}, {THREADS} threads: matrix products reach {_span(rows, 'matrix_peak', 'ours')} GFLOP/s here and "
+        f"{_span(rows, 'matrix_peak', 'torch')} in PyTorch, memory {_span(rows, 'bandwidth', 'ours')} GB/s."
+    )
+    return "\n".join([limit, "", *found])
 
 
 def _span(rows: list[Figures], *figure: str) -> str:
@@ -162,30 +167,27 @@ def table(lines: dict[str, Figures]) -> str:
     return common.table(found)
 
 
-def ratios(lines: dict[str, Figures], path: Path) -> str:
-    """Ratio and interval of each row, first above."""
-    figure = Figure(figsize=(7, 0.9 + 0.2 * len(lines)), layout="constrained")
-    panel, places = figure.subplots(), range(len(lines))
-    for method, (label, colour, mark) in COLOURS.items():
-        points = [
-            (place, figures.get(("ratio", method))) for place, figures in zip(places, lines.values(), strict=True)
-        ]
-        points = [(place, row) for place, row in points if row is not None]
-        if points:
-            x = [row["value"] for _, row in points]
-            error = [
-                [row["value"] - row["low"] for _, row in points],
-                [row["high"] - row["value"] for _, row in points],
-            ]
-            y = [place for place, _ in points]
-            panel.errorbar(x, y, xerr=error, fmt=mark, ms=4, elinewidth=0.8, color=colour, label=label)
-    panel.axvline(1.0, color="#999999", linewidth=0.8)
-    panel.set_xscale("log")
-    panel.set_yticks(places, list(lines), fontsize=6)
-    panel.invert_yaxis()
-    panel.grid(axis="x", linewidth=0.3)
-    panel.set_xlabel("baseline's time over ours")
-    panel.legend(fontsize=7, frameon=False)
+def ratios(kinds: dict[str, dict[str, Figures]], path: Path) -> str:
+    """Ratio and interval of each row, first above; a panel for each kind of processor."""
+    names = list(dict.fromkeys(name for lines in kinds.values() for name in lines))
+    figure = Figure(figsize=(3.5 + 3.5 * len(kinds), 0.9 + 0.2 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
+    for panel, (processor, lines) in zip(panels, kinds.items(), strict=True):
+        for method, (label, colour, mark) in COLOURS.items():
+            points = {names.index(name): of["ratio", method] for name, of in lines.items() if ("ratio", method) in of}
+            if points:
+                x = [row["value"] for row in points.values()]
+                error = [[abs(row[end] - row["value"]) for row in points.values()] for end in ("low", "high")]
+                style = {"fmt": mark, "ms": 4, "elinewidth": 0.8, "color": colour, "label": label}
+                panel.errorbar(x, list(points), xerr=error, **style)
+        panel.axvline(1.0, color="#999999", linewidth=0.8)
+        panel.set_title(kind(processor), fontsize=8)
+        panel.set_xlabel("baseline's time over ours")
+        panel.grid(axis="x", linewidth=0.3)
+    panels[0].set_xscale("log")
+    panels[0].set_yticks(range(len(names)), names, fontsize=6)
+    panels[0].invert_yaxis()
+    panels[0].legend(fontsize=7, frameon=False)
     return common.save(figure, path)
 
 
