@@ -16,10 +16,10 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 export JAX_PLATFORMS ?= cpu
 
 FAST := not slow and not long and not torch and not aot and not device
-SLOW := slow and not long and not torch and not aot
-PEER := (torch or aot) and not long
+SLOW := slow and not shipped and not long and not torch and not aot
+REST := (shipped or torch or aot) and not long
 
-.PHONY: help demo test parity long aot bench format lint ci ci-rest clean
+.PHONY: help demo test parity long aot bench format lint ci ci-rest slow clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -30,10 +30,8 @@ demo: $(VENV)/base.stamp ## fine-tune the embedded model on ten pictures and sho
 	$(RUN)/dmsec demo --out out/demo $(ARGS)
 
 # Most of a test's time goes into compiling: without LLVM's optimisations and through the older, plainer emitters,
-# it takes half as long on an empty cache. What is compared with PyTorch or compiled for TPUs runs as it ships.
-PLAIN := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=2
-
-test: export XLA_FLAGS ?= $(PLAIN)
+# it takes half as long on an empty cache. What is compared with PyTorch, compiled for TPUs or `shipped` runs as it ships.
+test slow: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=2
 test: $(VENV)/test.stamp ## the fast tests
 	$(PYTEST) -m "$(FAST)" --ignore=tests/parity -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -59,9 +57,11 @@ lint: $(VENV)/test.stamp ## check the style, change nothing
 
 ci: test ci-rest ## everything that must pass before a change is merged
 
-ci-rest: lint $(VENV)/torch.stamp $(VENV)/aot.stamp
-	XLA_FLAGS="$${XLA_FLAGS:-$(PLAIN)}" $(PYTEST) -m "$(SLOW)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-	$(PYTEST) -m "$(PEER)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+slow: $(VENV)/test.stamp ## the slow tests of our own, as the fast ones are compiled
+	$(PYTEST) -m "$(SLOW)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+ci-rest: lint slow $(VENV)/torch.stamp $(VENV)/aot.stamp
+	$(PYTEST) -m "$(REST)" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 clean: ## remove the environment, caches and results
 	rm -rf $(VENV) .cache out build *.egg-info .pytest_cache .ruff_cache .hypothesis

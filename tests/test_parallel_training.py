@@ -97,7 +97,8 @@ def test_training_on_a_mesh_or_under_pmap_is_training_on_one_device(tune, begin,
     assert_same(parallel.to_host((found, info)), alone)
 
 
-FOUR = "data=4"
+def of_four():
+    return parallel.make_mesh("data=4", jax.devices()[:4])
 
 
 @pytest.mark.parametrize(
@@ -108,14 +109,17 @@ FOUR = "data=4"
         (tune_bayes, partial(bayes_dm.init, cfg=BAYES, adapter=full())),
     ],
 )
-def test_devices_that_hold_all_weights_sum_their_gradients_at_the_end_of_a_step(tune, begin):
+def test_devices_that_hold_all_weights_sum_their_gradients_at_the_end_of_a_step(tune, begin, monkeypatch):
     state = begin(KEY, TUNED)
     alone = jax.device_get(jax.jit(tune)(KEY, state, DATA, TUNED))
-    mesh = parallel.make_mesh(FOUR, jax.devices()[:4])
+    plain, rows = NETWORK["eps_fn"], set()
+    monkeypatch.setitem(NETWORK, "eps_fn", lambda params, z_t, *rest: rows.add(len(z_t)) or plain(params, z_t, *rest))
+    mesh = of_four()
     args = parallel.replicate((KEY, state, DATA, TUNED), mesh)
     with jax.set_mesh(mesh):
         compiled = jax.jit(tune).lower(*args).compile()
-    assert COLLECTIVES.findall(compiled.as_text()) == ["all-reduce"], "of all gradients, after the last microbatch"
+    assert rows == {2}, "each device computes its own of the eight of a microbatch, and the compiler sums nothing"
+    assert COLLECTIVES.findall(compiled.as_text()) == ["all-reduce"], "of all gradients at once"
     assert_same(jax.device_get(compiled(*args)), alone)
 
 
@@ -134,7 +138,7 @@ def test_rows_that_are_drawn_at_once_are_left_to_the_compiler():
 
     state = bayes_dm.init(KEY, TUNED, cfg, adapter=full())
     alone = jax.device_get(jax.jit(tune)(KEY, state, DATA, TUNED))
-    mesh = parallel.make_mesh(FOUR, jax.devices()[:4])
+    mesh = of_four()
     with jax.set_mesh(mesh):
         found = jax.jit(tune)(*parallel.replicate((KEY, state, DATA, TUNED), mesh))
     assert set(shapes) == {(8, 2, 2, WIDE)}

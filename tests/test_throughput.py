@@ -131,9 +131,10 @@ def test_no_program_grew(method):
 
 
 @pytest.mark.slow
+@pytest.mark.shipped
 @pytest.mark.parametrize("method", compare.PROGRAMS)
 def test_no_program_needs_more_memory(method):
-    """Compiled, so slow; and slow tests compile as the library ships, which the committed temporaries are of."""
+    """Compiled, so slow, and as the library ships, which the committed temporaries are of."""
     found = compare.count(compare.PROGRAMS[method](), compiled=True)
     assert compare.grown({method: found}, json.loads(compare.FILE.read_text())) == []
 

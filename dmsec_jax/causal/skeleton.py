@@ -119,7 +119,7 @@ def updating(
         count = data_sets(size, cfg)
         phi, adjacent = batch(key, size, count, prior, cfg.rows, knowledge, given, axis_name)
         new, loss = svi.update(state, phi, adjacent)
-        loss = loss if axis_name is None else jax.lax.psum(loss, axis_name)
+        loss = spread.summed(loss, axis_name)
         # decided after the sum over devices, so that all of them decide alike
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, svi.get_params(new)))]).all()
         state = jax.tree.map(lambda ours, old: jnp.where(finite, ours, old), new, state)
@@ -189,8 +189,8 @@ def _first(svi, key, start):
 def _svi(net, cfg, axis_name=None):
     schedule = optax.cosine_decay_schedule(cfg.learning_rate, cfg.num_steps)
     adamw = optax.adamw(schedule, weight_decay=cfg.weight_decay)
-    summed = lambda grads: grads if axis_name is None else jax.lax.psum(grads, axis_name)
-    optimiser = optax.GradientTransformation(adamw.init, lambda grads, *rest: adamw.update(summed(grads), *rest))
+    update = lambda grads, *rest: adamw.update(spread.summed(grads, axis_name), *rest)
+    optimiser = optax.GradientTransformation(adamw.init, update)
     svi = infer.SVI(likelihood, lambda *args, **kwargs: None, optimiser, infer.Trace_ELBO(), net=net)
     jax.eval_shape(lambda: _first(svi, jax.random.key(0), None))  # numpyro learns the names of parameters here
     return svi

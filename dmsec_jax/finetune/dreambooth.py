@@ -266,7 +266,7 @@ def gradients(
 
     micro = jax.tree.map(lambda leaf: leaf.reshape(cfg.accumulation, -1, *leaf.shape[1:]), parts)
     # of rows that are drawn at once the compiler takes care, as of those of cut weights
-    grads, loss, means = on(None) if together else spread.each(on, axis_name, size // cfg.accumulation)
+    grads, loss, means = on(axis_name) if together else spread.each(on, axis_name, size // cfg.accumulation)
     norm = optax.tree.norm(grads)
     return grads, Info(
         loss=loss,
